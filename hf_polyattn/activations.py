@@ -1,0 +1,174 @@
+"""The registry of activations: what stands between scores and weights, and how each one starts.
+
+An activation is an element-wise function phi(scores, lengths). Masking, gain and normalization are the
+operation's business (`ops.naive`), so that every activation obeys the same rules.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .config import PolyAttentionConfig
+
+Phi = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(scores [B, H, T, S], row lengths [B or 1, H or 1, T, 1]) -> values of the scores' shape."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One entry of the registry.
+
+    phi: element-wise function, None for polynomials (their coefficients live on the model).
+    defaults: fields of PolyAttentionConfig that this activation starts from; what the caller names wins.
+    exponential: subtract the row's maximum before phi, as softmax needs.
+    """
+
+    name: str
+    phi: Phi | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    exponential: bool = False
+
+    @property
+    def is_polynomial(self) -> bool:
+        return self.phi is None
+
+
+_REGISTRY: dict[str, Activation] = {}
+
+
+def register_activation(
+    name: str,
+    phi: Phi | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    exponential: bool = False,
+    exist_ok: bool = False,
+) -> Activation:
+    """Make `patch_model(model, activation=name)` work.
+
+    Args:
+        name: the word users write; it is saved in checkpoints, so it must be registered again before they are loaded.
+        phi: element-wise function of (scores, row lengths), differentiable by autograd. None: a polynomial preset.
+        defaults: config fields that differ from PolyAttentionConfig's own defaults, for example
+            `{"normalization": "length"}`.
+        exponential: subtract each row's maximum score first (only correct under normalization "sum").
+    Raises:
+        ValueError: when the name is taken and `exist_ok` is False.
+
+    Example:
+        >>> entry = register_activation("silu", lambda s, n: torch.nn.functional.silu(s),
+        ...                             defaults={"normalization": "length"}, exist_ok=True)
+    """
+    if name in _REGISTRY and not exist_ok:
+        raise ValueError(f"activation {name!r} is already registered; pass exist_ok=True to replace it")
+    entry = Activation(name, phi, dict(defaults or {}), exponential)
+    resolve_config(entry)  # a bad default must fail here, not in the first model that is patched
+    _REGISTRY[name] = entry
+    return entry
+
+
+def get_activation(name: str) -> Activation:
+    """Raises ValueError, with the names there are, when `name` is unknown."""
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown activation {name!r}; registered: {', '.join(sorted(_REGISTRY))}. "
+            "Call hf_polyattn.register_activation before patching or loading"
+        )
+    return _REGISTRY[name]
+
+
+def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConfig:
+    """The config of an activation: its defaults, overridden by `options`."""
+    if isinstance(entry, str):
+        entry = get_activation(entry)
+    values = {"activation": entry.name, **entry.defaults, **options}
+    if not entry.is_polynomial:
+        if set(options) & {"coefficients", "init_coefficients"}:
+            raise ValueError(f"activation {entry.name!r} has no coefficients; use activation=\"poly\"")
+        values.setdefault("coefficients", "monomial")
+    elif isinstance(values.get("coefficients"), (tuple, list)) and "degree" not in options:
+        values["degree"] = len(values["coefficients"]) - 1
+    config = PolyAttentionConfig(**values)
+    if config.normalization == "sum" and entry.is_polynomial and config.degree % 2:
+        raise ValueError(
+            f'normalization "sum" needs weights of one sign, and degree {config.degree} is odd: '
+            'rows could sum to zero. Use "l1" or "l2", or an even degree'
+        )
+    return config
+
+
+def horner(scores: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """sum_k c_k s^k for each head: scores [B, H, T, S], coefficients [H, p + 1]."""
+    c = coefficients.to(scores.dtype).view(1, coefficients.shape[0], 1, 1, -1)
+    out = c[..., -1].expand_as(scores)
+    for k in range(coefficients.shape[1] - 2, -1, -1):
+        out = out * scores + c[..., k]
+    return out
+
+
+def power(scores: torch.Tensor, degree: int) -> torch.Tensor:
+    """s^p by multiplication: torch's pow is fast for exponents 2 and 3 only."""
+    out = scores
+    for bit in bin(degree)[3:]:
+        out = out * out
+        if bit == "1":
+            out = out * scores
+    return out
+
+
+def compose_affine(coefficients: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Coefficients of s -> phi(alpha s + beta), so that kernels need no affine case.
+
+    coefficients [H, p + 1], alpha and beta [H]; differentiable. sum_k c_k (alpha s + beta)^k is expanded binomially.
+    """
+    degree = coefficients.shape[1] - 1
+    columns = []
+    for j in range(degree + 1):
+        terms = [coefficients[:, k] * math.comb(k, j) * beta ** (k - j) for k in range(j, degree + 1)]
+        columns.append(torch.stack(terms).sum(0) * alpha**j)
+    return torch.stack(columns, dim=1)
+
+
+def frobenius_gain(degree: int) -> float:
+    """Gain that makes E||A||_F = sqrt N under "sqrt_length" for scores ~ N(0, 1): E s^(2p) = (2p - 1)!!."""
+    return 1 / math.sqrt(math.prod(range(1, 2 * degree, 2)))
+
+
+def default_start(degree: int, normalization: str | float) -> tuple[float, ...]:
+    """Where learnable coefficients of the unit-spread score start: half linear, half the highest odd term.
+
+    The linear part removes the dead zone of s^p around s = 0; both parts have the size of `frobenius_gain`.
+    """
+    start = [0.0] * (degree + 1)
+    highest = degree if degree % 2 else degree - 1
+    if degree == 1:
+        return (0.0, 1.0)
+    if degree == 2:
+        return (0.0, 1.0, frobenius_gain(2) / 2)
+    start[1] = 0.5
+    start[highest] = 0.5 * frobenius_gain(highest)
+    return tuple(start)
+
+
+def row_softmax(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return scores.exp()
+
+
+def relu(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return scores.clamp(min=0)
+
+
+def sigmoid(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """sigmoid(s - log n): the bias that gives a row the mass of softmax (arXiv 2409.04431)."""
+    return torch.sigmoid(scores - lengths.to(scores.dtype).log())
+
+
+_PLAIN = {"alpha": 1.0, "gain": 1.0}
+register_activation("poly")
+register_activation("monomial", defaults={"coefficients": "monomial", "normalization": "sqrt_length", **_PLAIN})
+register_activation("softmax", row_softmax, defaults={"normalization": "sum", **_PLAIN}, exponential=True)
+register_activation("relu", relu, defaults={"normalization": "length", **_PLAIN})
+register_activation("sigmoid", sigmoid, defaults={"normalization": "none", **_PLAIN})
