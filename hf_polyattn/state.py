@@ -1,0 +1,225 @@
+"""The child module `polyattn` of a patched attention module: its tensors, how they start, what it computes."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from .activations import default_start, frobenius_gain, get_activation
+from .config import PolyAttentionConfig
+from .ops import NORMALIZED, attend, rms_normalize
+
+
+class PolyAttentionState(nn.Module):
+    """Holds alpha, beta, gain [heads] and coefficients [heads, degree + 1]; computes the attention of one module.
+
+    A tensor is a Parameter when the config says it is learned and a persistent buffer otherwise, so that either kind
+    travels in the checkpoint. `heads` counts the patched heads only; the other heads of the module stay softmax.
+
+    Args:
+        config: what to compute.
+        num_heads: query heads of the host module.
+        chosen: indices of the patched heads, None for all.
+        spread: expected root mean square of the host's scores before training; one over it is the default alpha.
+        like: dtype and device of the host's parameters.
+    """
+
+    def __init__(
+        self,
+        config: PolyAttentionConfig,
+        num_heads: int,
+        *,
+        chosen: tuple[int, ...] | None = None,
+        spread: float = 1.0,
+        like: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation = get_activation(config.activation)
+        self.num_heads = num_heads
+        self.chosen = chosen
+        self.rest = None if chosen is None else tuple(h for h in range(num_heads) if h not in chosen)
+        self.spread = spread
+        # set for the length of one forward pass by the model's hook when the caller asks for attention weights
+        self.return_weights = False
+        # calibration puts a function of the same signature as `_attend` here while it measures
+        self.observer: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None
+        heads = num_heads if chosen is None else len(chosen)
+        options = {"dtype": like.dtype, "device": like.device} if like is not None else {}
+        for name, learned in (("alpha", config.learn_affine), ("beta", config.learn_affine), ("gain", config.learn_gain)):
+            self._put(name, torch.empty(heads, **options), learned)
+        if self.has_coefficients:
+            start = torch.empty(heads, config.degree + 1, **options)
+            self._put("coefficients", start, config.coefficients == "learnable")
+        self.reset_parameters()
+
+    def _put(self, name: str, tensor: torch.Tensor, learned: bool) -> None:
+        if learned:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    @property
+    def has_coefficients(self) -> bool:
+        return self.activation.is_polynomial and self.config.coefficients != "monomial"
+
+    @property
+    def _plain_power(self) -> bool:
+        config = self.config
+        fixed_shift = config.beta == 0 and not config.learn_affine
+        bare = self.activation.is_polynomial and not self.has_coefficients
+        return bare and fixed_shift and config.normalization not in NORMALIZED
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The documented start: alpha = 1 / spread, gain of unit Gaussian scores, `default_start` coefficients.
+
+        Goes through Transformers' guarded init functions, so that what a checkpoint has loaded is left alone.
+        """
+        config = self.config
+        alpha = 1 / self.spread if config.alpha == "auto" else config.alpha
+        gain = self.analytic_gain() if config.gain == "auto" else config.gain
+        init.constant_(self.alpha, alpha)
+        init.constant_(self.beta, config.beta)
+        init.constant_(self.gain, gain)
+        if self.has_coefficients:
+            start = config.coefficients if config.coefficients != "learnable" else config.init_coefficients
+            start = start or default_start(config.degree, config.normalization)
+            row = torch.tensor(start, dtype=self.coefficients.dtype, device=self.coefficients.device)
+            init.copy_(self.coefficients, row.expand_as(self.coefficients))
+
+    def analytic_gain(self) -> float:
+        """c_F for a bare power under "sqrt_length"; 1 elsewhere, where the start or Z_i already sets the size."""
+        bare_power = self.activation.is_polynomial and not self.has_coefficients
+        return frobenius_gain(self.config.degree) if bare_power and self.config.normalization == "sqrt_length" else 1.0
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [B, H, T, D]
+        key: torch.Tensor,  # [B, Hk, S, D]
+        value: torch.Tensor,  # [B, Hk, S, Dv]
+        *,
+        keep: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        is_causal: bool,
+        scaling: float,
+        dropout: float,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        return_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the output [B, H, T, Dv] and, when asked for, the weights [B, H, T, S]."""
+        masking = {"keep": keep, "bias": bias, "is_causal": is_causal, "sliding_window": sliding_window}
+        masking |= {"scaling": scaling, "dropout": dropout, "softcap": softcap, "return_weights": return_weights}
+        polynomial = self._attend if self.observer is None else self.observer
+        if self.chosen is None:
+            return polynomial(query, key, value, **masking)
+        parts = [(self.chosen, polynomial), (self.rest, softmax_attention)]
+        out, weights = None, None
+        for heads, compute in parts:
+            if not heads:
+                continue
+            index = torch.tensor(heads, device=query.device)
+            shared = index // (query.shape[1] // key.shape[1])
+            picked = {name: _pick(masking[name], index) for name in ("keep", "bias")}
+            o, w = compute(query[:, index], key[:, shared], value[:, shared], **{**masking, **picked})
+            if out is None:
+                out = o.new_empty((*query.shape[:3], value.shape[-1]))
+                weights = None if w is None else w.new_empty((*query.shape[:3], key.shape[2]))
+            out = out.index_copy(1, index, o)
+            weights = None if w is None else weights.index_copy(1, index, w)
+        return out, weights
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, return_weights: bool, **options: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.config
+        gain, affine = self.gain, (self.alpha, self.beta)
+        if self._plain_power:
+            # (alpha s)^p = alpha^p s^p: kernels then take their bare power, without an affine score
+            gain, affine = gain * self.alpha**config.degree, None
+        if config.activation == "softmax" and not return_weights and options["softcap"] is None:
+            if config.qk_norm:
+                query, key = rms_normalize(query), rms_normalize(key)
+            return softmax_attention(query, key, value, return_weights=False, **options)
+        polynomial = self.activation.is_polynomial
+        out = attend(
+            query,
+            key,
+            value,
+            degree=config.degree if polynomial and not self.has_coefficients else None,
+            coefficients=self.coefficients if self.has_coefficients else None,
+            phi=self.activation.phi,
+            exponential=self.activation.exponential,
+            normalization=config.normalization,
+            gain=gain,
+            affine=affine,
+            qk_norm=config.qk_norm,
+            backend=config.backend if polynomial else "naive",
+            return_weights=return_weights,
+            **options,
+        )
+        return out if return_weights else (out, None)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        heads = f"{self.num_heads}" if self.chosen is None else f"{list(self.chosen)} of {self.num_heads}"
+        return f"{config.activation}, degree={config.degree}, normalization={config.normalization}, heads={heads}"
+
+
+def softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    keep: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    return_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What heads and layers outside the patch compute: torch's SDPA, or the definition when weights are asked for."""
+    if return_weights or softcap is not None or sliding_window is not None:
+        entry = get_activation("softmax")
+        out, weights = attend(
+            query,
+            key,
+            value,
+            phi=entry.phi,
+            exponential=True,
+            normalization="sum",
+            keep=keep,
+            bias=bias,
+            is_causal=is_causal,
+            scaling=scaling,
+            dropout=dropout,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            return_weights=True,
+        )
+        return out, weights if return_weights else None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    mask = keep
+    if bias is not None:
+        mask = bias if keep is None else bias.masked_fill(~keep, torch.finfo(bias.dtype).min)
+        if is_causal:
+            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            mask = mask.masked_fill(~causal, torch.finfo(bias.dtype).min)
+            is_causal = False
+        mask = mask.to(query.dtype)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
+    )
+    return out, None
+
+
+def _pick(mask: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    """The rows of a mask that belong to some heads; masks shared by all heads stay as they are."""
+    return mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, index]
