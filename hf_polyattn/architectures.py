@@ -1,0 +1,105 @@
+"""The registry of architectures: one entry each, no branches elsewhere."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+STOCK_PREFIX = "polyattn_"
+
+
+def _heads_from_config(module: nn.Module) -> int:
+    return int(module.config.num_attention_heads)
+
+
+def _spread_at_initialization(module: nn.Module) -> float:
+    """Score spread of an untrained module: sigma = scaling * sqrt(head_dim) * width * initializer_range^2.
+
+    Inputs come out of a norm with unit variance, so each entry of q and k has variance width * range^2, and q . k has
+    variance head_dim times its square.
+    """
+    config = module.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    scaling = getattr(module, "scaling", head_dim**-0.5)
+    return scaling * head_dim**0.5 * config.hidden_size * config.initializer_range**2
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the patcher must know of one model_type.
+
+    model_type: of the stock configuration, for example "gpt2".
+    attention_classes: names of the modules that call `ALL_ATTENTION_FUNCTIONS.get_interface` in their forward.
+    num_heads: query heads of such a module.
+    initial_spread: root mean square of its scores at initialisation.
+    """
+
+    model_type: str
+    attention_classes: tuple[str, ...]
+    num_heads: Callable[[nn.Module], int] = _heads_from_config
+    initial_spread: Callable[[nn.Module], float] = _spread_at_initialization
+
+    def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of every attention module, in the order of `named_modules`."""
+        for name, module in model.named_modules():
+            if any(cls.__name__ in self.attention_classes for cls in type(module).__mro__):
+                yield name, module
+
+
+_REGISTRY: dict[str, Architecture] = {}
+
+
+def register_architecture(
+    model_type: str,
+    attention_classes: tuple[str, ...] | list[str],
+    *,
+    num_heads: Callable[[nn.Module], int] | None = None,
+    initial_spread: Callable[[nn.Module], float] | None = None,
+    exist_ok: bool = False,
+) -> Architecture:
+    """Make `patch_model` and `from_pretrained` work for one more model_type of Transformers.
+
+    The modelling code must fetch its attention through `ALL_ATTENTION_FUNCTIONS.get_interface`, and its attention
+    modules must carry `is_causal`.
+
+    Raises:
+        ValueError: when the model_type is unknown to Transformers or registered already.
+
+    Example:
+        >>> entry = register_architecture("mistral", ["MistralAttention"], exist_ok=True)
+    """
+    from .models import register_config
+
+    if model_type in _REGISTRY and not exist_ok:
+        raise ValueError(f"architecture {model_type!r} is already registered; pass exist_ok=True to replace it")
+    entry = Architecture(
+        model_type,
+        tuple(attention_classes),
+        num_heads or _heads_from_config,
+        initial_spread or _spread_at_initialization,
+    )
+    register_config(model_type)
+    _REGISTRY[model_type] = entry
+    return entry
+
+
+def get_architecture(config: PretrainedConfig) -> Architecture:
+    """The entry of a stock or polynomial configuration.
+
+    Raises:
+        ValueError: with the remedy, for an architecture that nobody has registered.
+    """
+    model_type = config.model_type.removeprefix(STOCK_PREFIX)
+    if model_type not in _REGISTRY:
+        raise ValueError(
+            f"no entry for architecture {model_type!r}; registered: {', '.join(sorted(_REGISTRY))}. If its attention goes "
+            "through transformers' AttentionInterface, call hf_polyattn.register_architecture("
+            f"{model_type!r}, [names of its attention classes]) and test it; if not, it cannot be patched"
+        )
+    return _REGISTRY[model_type]
+
+
+def registered_architectures() -> tuple[str, ...]:
+    return tuple(sorted(_REGISTRY))
