@@ -1,0 +1,33 @@
+"""Polynomial attention instead of softmax for Hugging Face Transformers models.
+
+Importing this package registers an attention function, a mask function and the polynomial configurations with
+Transformers. It changes nothing else.
+"""
+
+from . import attention
+from ._version import __version__
+from .activations import register_activation
+from .architectures import register_architecture
+from .calibration import calibrate_gain
+from .config import PolyAttentionConfig
+from .ops import polynomial_attention
+from .patching import Coverage, coverage, patch_model, patched, unpatch_model
+
+attention.register()
+register_architecture("gpt2", ["GPT2Attention"])
+register_architecture("llama", ["LlamaAttention"])
+register_architecture("bert", ["BertSelfAttention", "BertCrossAttention"])
+
+__all__ = [
+    "Coverage",
+    "PolyAttentionConfig",
+    "__version__",
+    "calibrate_gain",
+    "coverage",
+    "patch_model",
+    "patched",
+    "polynomial_attention",
+    "register_activation",
+    "register_architecture",
+    "unpatch_model",
+]

@@ -1,0 +1,205 @@
+"""Gains from measurement: a few batches tell how large each head's scores are and how large softmax's output was.
+
+A raw s^p is dead in a small model and far too hot in a wide one, because the score spread at initialisation goes with
+the width. So alpha is set to one over the measured spread of each head, and gain to the ratio of softmax's output to
+the polynomial's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .activations import get_activation
+from .models import read_settings, states
+from .ops import attend, rms_normalize
+from .ops.masks import build_keep
+from .state import PolyAttentionState
+
+Target = Literal["output_rms", "frobenius"]
+
+
+@dataclass(frozen=True)
+class HeadMeasures:
+    """What was measured on one attention module; every tensor is [heads]."""
+
+    spread: torch.Tensor
+    """Root mean square of the scores."""
+    peak: torch.Tensor
+    """Largest absolute score."""
+    softmax_rms: torch.Tensor
+    """Root mean square of the output of softmax."""
+    poly_rms: torch.Tensor
+    """Root mean square of the polynomial's output, after calibration."""
+    gain: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """Measures by name of the attention module. Print it for a table."""
+
+    modules: dict[str, HeadMeasures]
+    batches: int
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.modules)
+        lines = [
+            f"calibrated {len(self.modules)} attention modules on {self.batches} batches; mean (min to max) over heads",
+            f"{'module':{width}}  {'score spread':>20}  {'peak score':>10}  {'softmax rms':>11}  {'poly rms':>8}  {'gain':>20}",
+        ]
+        for name, m in self.modules.items():
+            lines.append(
+                f"{name:{width}}  {_span(m.spread):>20}  {m.peak.max().item():>10.3g}  {m.softmax_rms.mean().item():>11.3g}"
+                f"  {m.poly_rms.mean().item():>8.3g}  {_span(m.gain):>20}"
+            )
+        return "\n".join(lines)
+
+
+class _Observer:
+    """Stands in for one state during measurement: computes softmax, so that later layers see a teacher's inputs."""
+
+    def __init__(self, state: PolyAttentionState) -> None:
+        self.state = state
+        heads = state.alpha.shape[0]
+        self.squares, self.count, self.peak = torch.zeros(heads), torch.zeros(heads), torch.zeros(heads)
+        self.softmax_squares, self.poly_squares, self.energy = torch.zeros(heads), torch.zeros(heads), torch.zeros(heads)
+        self.rows = 0.0
+        self.measure_output = False
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.state.config
+        entry = get_activation("softmax")
+        out = attend(
+            query, key, value, phi=entry.phi, exponential=True, normalization="sum", backend="naive", **options
+        )
+        out = out[0] if options.get("return_weights") else out
+        keep = build_keep(
+            (query.shape[2], key.shape[2]),
+            query.device,
+            **{name: options.get(name) for name in ("keep", "sliding_window")},
+            is_causal=options["is_causal"],
+        )
+        if self.measure_output:
+            poly, weights = self.state._attend(query, key, value, **{**options, "dropout": 0.0, "return_weights": True})
+            rows = keep.any(-1).expand(query.shape[0], query.shape[1], query.shape[2])
+            self.rows += rows[:, 0].sum().item()
+            self.softmax_squares += _sum_heads(out.float().square().mean(-1) * rows)
+            self.poly_squares += _sum_heads(poly.float().square().mean(-1) * rows)
+            self.energy += _sum_heads(weights.float().square().sum(-1) * rows)
+        else:
+            q, k = (rms_normalize(query), rms_normalize(key)) if config.qk_norm else (query, key)
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            scores = options["scaling"] * (q.float() @ k.float().transpose(-1, -2))
+            if options.get("softcap") is not None:
+                scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+            if options.get("bias") is not None:
+                scores = scores + options["bias"].float()
+            kept = keep.expand_as(scores)
+            scores = scores.masked_fill(~kept, 0)
+            self.squares += _sum_heads(scores.square().sum(-1))
+            self.count += _sum_heads(kept.sum(-1).float())
+            self.peak = torch.maximum(self.peak, scores.abs().amax(dim=(0, 2, 3)).cpu())
+        return out, None
+
+    @property
+    def spread(self) -> torch.Tensor:
+        return (self.squares / self.count.clamp(min=1)).sqrt()
+
+
+def calibrate_gain(
+    model: PreTrainedModel, batches: Iterable[Any], *, target: Target = "output_rms"
+) -> CalibrationReport:
+    """Sets alpha and gain of every patched head, where the config leaves them "auto", from measured scores.
+
+    Args:
+        model: a patched model.
+        batches: dictionaries of model inputs, or tensors of input ids; a few are enough.
+        target: "output_rms": the polynomial's output starts at the size of softmax's; "frobenius": the weights start
+            at ‖A‖_F = sqrt N.
+    Returns:
+        what was measured; print it.
+    Raises:
+        ValueError: for a model that is not patched, no batches, non-finite scores, or nothing left "auto".
+    """
+    found = states(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not patched: call patch_model first")
+    config = read_settings(model.config)
+    if config.alpha != "auto" and config.gain != "auto":
+        raise ValueError('alpha and gain are fixed numbers in this config: nothing to calibrate; pass gain="auto"')
+    batches = list(batches)
+    if not batches:
+        raise ValueError("no batches to calibrate on: pass a few")
+    observers = {name: _Observer(state) for name, state in found.items()}
+    with torch.no_grad(), _observing(model, observers):
+        _run(model, batches)
+        for name, observer in observers.items():
+            _check(name, observer)
+            if config.alpha == "auto":
+                observer.state.alpha.copy_(1 / observer.spread)
+            observer.measure_output = True
+        _run(model, batches)
+        modules = {name: _set_gain(observer, config.gain == "auto", target) for name, observer in observers.items()}
+    return CalibrationReport(modules, len(batches))
+
+
+def _set_gain(observer: _Observer, settable: bool, target: Target) -> HeadMeasures:
+    state = observer.state
+    softmax_rms = (observer.softmax_squares / observer.rows).sqrt()
+    poly_rms = (observer.poly_squares / observer.rows).sqrt()
+    factor = torch.ones_like(poly_rms)
+    if settable:
+        if target == "output_rms":
+            factor = softmax_rms / poly_rms.clamp(min=1e-30)
+        elif target == "frobenius":
+            factor = (observer.rows / observer.energy.clamp(min=1e-30)).sqrt()
+        else:
+            raise ValueError(f'target must be "output_rms" or "frobenius", got {target!r}')
+        state.gain.mul_(factor.to(state.gain))
+    return HeadMeasures(observer.spread, observer.peak, softmax_rms, poly_rms * factor, state.gain.detach().float().cpu())
+
+
+def _check(name: str, observer: _Observer) -> None:
+    if not torch.isfinite(observer.spread).all():
+        raise ValueError(f"scores of {name} are not finite: the model or the batches hold NaN or inf")
+    if (dead := (observer.spread == 0).nonzero().flatten().tolist()) or observer.count.min() == 0:
+        raise ValueError(f"heads {dead} of {name} have only zero scores: pass batches of real, unpadded inputs")
+
+
+class _observing:  # noqa: N801  a context manager, used like one
+    """Puts the observers in place of the states' own computation, and the model into eval mode."""
+
+    def __init__(self, model: nn.Module, observers: dict[str, _Observer]) -> None:
+        self.model, self.observers = model, observers
+
+    def __enter__(self) -> None:
+        self.was_training = self.model.training
+        self.model.eval()
+        for observer in self.observers.values():
+            observer.state.observer = observer
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.was_training)
+        for observer in self.observers.values():
+            observer.state.observer = None
+
+
+def _run(model: PreTrainedModel, batches: list[Any]) -> None:
+    for batch in batches:
+        inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+        inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items() if k != "labels"}
+        model(**inputs)
+
+
+def _sum_heads(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, T] -> [H] on the CPU."""
+    return x.sum(dim=(0, 2)).float().cpu()
+
+
+def _span(x: torch.Tensor) -> str:
+    return f"{x.mean().item():.3g} ({x.min().item():.3g} to {x.max().item():.3g})"
