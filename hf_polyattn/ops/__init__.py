@@ -1,0 +1,216 @@
+"""The operation on plain tensors. Nothing here knows of Transformers.
+
+`polynomial_attention` is for people; `attend` is the same for any phi and is what the seam calls. Both check shapes,
+pick a form from `FORMS` and apply what all forms share: QK-norm, gain, the range check of fp16.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..activations import Phi, compose_affine, horner, power
+from .checks import check_degree, check_options, check_shapes
+from .masks import build_keep
+from .naive import naive_attention
+from .normalization import NORMALIZED as NORMALIZED
+from .precision import compute_dtype, no_autocast, to_dtype
+from .tiled import tiled_attention
+
+FORMS = ("naive", "tiled")
+
+
+def polynomial_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    degree: int | None = None,
+    coefficients: torch.Tensor | Sequence[float] | None = None,
+    normalization: str | float = "sqrt_length",
+    gain: torch.Tensor | float = 1.0,
+    alpha: torch.Tensor | float = 1.0,
+    beta: torch.Tensor | float = 0.0,
+    keep: torch.Tensor | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    qk_norm: bool = False,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a polynomial in place of softmax (arXiv 2410.18613).
+
+    a_ij = keep_ij * gain_h * phi(alpha_h * s_ij + beta_h) / Z_i with s_ij = scaling * q_i . k_j; o_i = sum_j a_ij v_j.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, Hk, S, D], H a multiple of Hk (grouped queries).
+        value: [B, Hk, S, Dv].
+        degree: phi(s) = s^degree. Give this or `coefficients`.
+        coefficients: c_0..c_p, phi(s) = sum_k c_k s^k; [p + 1] for all heads or [H, p + 1].
+        normalization: Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none" or a positive constant, where the row
+            length n_i is the number of keys that row i keeps.
+        gain, alpha, beta: a number or [H].
+        keep: bool, broadcastable to [B, H, T, S], True = may attend. Rows that keep nothing give 0.
+        is_causal: row i sees keys up to S - T + i.
+        key_lengths: [B]; keys from that index on are padding.
+        sliding_window: number of positions within reach, the row's own included.
+        qk_norm: RMS-normalise queries and keys over D.
+        dropout: probability of dropping a weight.
+        scaling: default D ** -0.5.
+        softcap: s becomes softcap * tanh(s / softcap).
+        bias: added to the scores, broadcastable to [B, H, T, S].
+        return_weights: also return the weights [B, H, T, S] (O(T S) memory, the naive form).
+        backend: "auto", "naive" or "tiled".
+    Returns:
+        [B, H, T, Dv] in the query's dtype, and the weights when asked for.
+    Raises:
+        ValueError: for shapes or options that do not fit.
+        OverflowError: when a float16 output leaves float16's range (outside torch.compile).
+    """
+    check_shapes(query, key, value, keep, key_lengths, bias)
+    heads = query.shape[1]
+    if coefficients is not None:
+        coefficients = torch.as_tensor(coefficients, dtype=compute_dtype(query), device=query.device)
+        coefficients = coefficients.expand(heads, -1) if coefficients.ndim == 1 else coefficients
+    check_degree(degree, coefficients, normalization, heads)
+    return attend(
+        query,
+        key,
+        value,
+        degree=degree,
+        coefficients=coefficients,
+        normalization=normalization,
+        gain=None if isinstance(gain, (int, float)) and gain == 1 else _per_head(gain, heads, query),
+        affine=None
+        if isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and (alpha, beta) == (1, 0)
+        else (_per_head(alpha, heads, query), _per_head(beta, heads, query)),
+        keep=keep,
+        is_causal=is_causal,
+        key_lengths=key_lengths,
+        sliding_window=sliding_window,
+        qk_norm=qk_norm,
+        dropout=dropout,
+        scaling=scaling,
+        softcap=softcap,
+        bias=bias,
+        return_weights=return_weights,
+        backend=backend,
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    degree: int | None = None,
+    coefficients: torch.Tensor | None = None,
+    phi: Phi | None = None,
+    exponential: bool = False,
+    normalization: str | float = "sqrt_length",
+    gain: torch.Tensor | None = None,
+    affine: tuple[torch.Tensor, torch.Tensor] | None = None,
+    keep: torch.Tensor | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    qk_norm: bool = False,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """As `polynomial_attention`, for `degree` (monomial), `coefficients` [H, p + 1] or any `phi`; gain, affine [H]."""
+    check_shapes(query, key, value, keep, key_lengths, bias)
+    check_options(normalization, dropout, softcap, sliding_window)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    degree = degree or 0  # not read where coefficients or phi are given
+    masking: dict[str, Any] = {
+        "keep": keep,
+        "is_causal": is_causal,
+        "key_lengths": key_lengths,
+        "sliding_window": sliding_window,
+    }
+    extras: dict[str, Any] = {"normalization": normalization, "scaling": scaling, "softcap": softcap}
+    extras |= {"bias": bias, "dropout": dropout}
+    if coefficients is not None:
+        coefficients = coefficients.to(compute_dtype(query))
+    alpha, beta = (None, None) if affine is None else (x.to(compute_dtype(query)) for x in affine)
+
+    form = choose_form(backend, polynomial=phi is None, return_weights=return_weights)
+    weights = None
+    with no_autocast(query.device.type):
+        if qk_norm:
+            query, key = rms_normalize(query), rms_normalize(key)
+        if form == "naive":
+            out, weights = naive_attention(
+                query,
+                key,
+                value,
+                phi if phi is not None else polynomial_phi(degree, coefficients),
+                keep=build_keep((query.shape[2], key.shape[2]), query.device, **masking),
+                gain=gain,
+                alpha=alpha,
+                beta=beta,
+                exponential=exponential,
+                **extras,
+            )
+        else:
+            if alpha is not None and beta is not None:
+                if coefficients is None:
+                    coefficients = monomial_coefficients(degree, query)
+                coefficients = compose_affine(coefficients, alpha, beta)
+            out = tiled_attention(query, key, value, degree=degree, coefficients=coefficients, **masking, **extras)
+            if gain is not None:
+                out = out * gain.to(out.dtype).view(-1, 1, 1)
+        out = to_dtype(out, query.dtype)
+        if weights is not None and return_weights:
+            return out, to_dtype(weights, query.dtype, "weight")
+    return out
+
+
+def choose_form(backend: str, *, polynomial: bool, return_weights: bool) -> str:
+    """The dispatch table: a form by name, or the first that can do the job."""
+    if backend not in ("auto", *FORMS):
+        raise ValueError(f'backend must be "auto" or one of {FORMS}, got {backend!r}')
+    if backend == "tiled" and not polynomial:
+        raise ValueError('the tiled form knows polynomials only; use backend="naive" for this activation')
+    # compiled graphs take the plain definition: it fuses, and a loop over tiles would be unrolled into the graph
+    if return_weights or not polynomial or torch.compiler.is_compiling():
+        return "naive"
+    return "tiled" if backend == "auto" else backend
+
+
+def polynomial_phi(degree: int, coefficients: torch.Tensor | None) -> Phi:
+    if coefficients is None:
+        return lambda scores, lengths: power(scores, degree)
+    return lambda scores, lengths: horner(scores, coefficients)
+
+
+def monomial_coefficients(degree: int, like: torch.Tensor) -> torch.Tensor:
+    row = torch.zeros(degree + 1, dtype=compute_dtype(like), device=like.device)
+    row[degree] = 1
+    return row.expand(like.shape[1], -1)
+
+
+def rms_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x / RMS(x) over the last dimension, in fp32 at least: then |q . k| <= D."""
+    wide = x.to(compute_dtype(x))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _per_head(x: torch.Tensor | float, heads: int, like: torch.Tensor) -> torch.Tensor:
+    x = torch.as_tensor(x, dtype=compute_dtype(like), device=like.device)
+    if x.ndim == 0:
+        return x.expand(heads)
+    if x.shape != (heads,):
+        raise ValueError(f"gain, alpha and beta must be numbers or [{heads}], got {tuple(x.shape)}")
+    return x

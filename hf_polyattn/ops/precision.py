@@ -1,0 +1,32 @@
+"""What is computed in which dtype: 16-bit tensors in fp32, inside autocast too, and no silent overflow at the end."""
+
+import contextlib
+
+import torch
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def to_dtype(out: torch.Tensor, dtype: torch.dtype, what: str = "output") -> torch.Tensor:
+    """Casts [B, H, ., .], and reports what float16 cannot hold instead of returning inf in silence.
+
+    Raises:
+        OverflowError: for float16 outside torch.compile; names the heads.
+    """
+    if dtype == torch.float16 and not torch.compiler.is_compiling() and out.numel():
+        limit = torch.finfo(dtype).max
+        peak = out.detach().abs().amax(dim=(0, 2, 3))
+        if (bad := (~(peak <= limit)).nonzero().flatten().tolist()) and torch.isfinite(out).all():
+            raise OverflowError(
+                f"attention {what} of {peak.max().item():.3g} in heads {bad} exceeds float16's range of {limit:.0f}: "
+                "use bfloat16 or float32, lower the gain (calibrate the model), or switch qk_norm on"
+            )
+    return out.to(dtype)
