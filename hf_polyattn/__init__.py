@@ -7,16 +7,17 @@ Transformers. It changes nothing else.
 from . import attention
 from ._version import __version__
 from .activations import register_activation
-from .architectures import register_architecture
+from .architectures import fused_query_key, linear_query_key, register_architecture
 from .calibration import calibrate_gain
 from .config import PolyAttentionConfig
+from .initialization import start_scores
 from .ops import polynomial_attention
 from .patching import Coverage, coverage, patch_model, patched, unpatch_model
 
 attention.register()
-register_architecture("gpt2", ["GPT2Attention"])
-register_architecture("llama", ["LlamaAttention"])
-register_architecture("bert", ["BertSelfAttention", "BertCrossAttention"])
+register_architecture("gpt2", ["GPT2Attention"], query_key=fused_query_key)
+register_architecture("llama", ["LlamaAttention"], query_key=linear_query_key("q_proj", "k_proj"))
+register_architecture("bert", ["BertSelfAttention", "BertCrossAttention"], query_key=linear_query_key("query", "key"))
 
 __all__ = [
     "Coverage",
@@ -29,5 +30,6 @@ __all__ = [
     "polynomial_attention",
     "register_activation",
     "register_architecture",
+    "start_scores",
     "unpatch_model",
 ]

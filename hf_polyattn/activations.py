@@ -6,7 +6,7 @@ operation's business (`ops.naive`), so that every activation obeys the same rule
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,17 +87,35 @@ def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConf
     values = {"activation": entry.name, **entry.defaults, **options}
     if not entry.is_polynomial:
         if set(options) & {"coefficients", "init_coefficients"}:
-            raise ValueError(f"activation {entry.name!r} has no coefficients; use activation=\"poly\"")
+            raise ValueError(f'activation {entry.name!r} has no coefficients; use activation="poly"')
         values.setdefault("coefficients", "monomial")
     elif isinstance(values.get("coefficients"), (tuple, list)) and "degree" not in options:
         values["degree"] = len(values["coefficients"]) - 1
     config = PolyAttentionConfig(**values)
+    _check_fit(entry, config)
+    return config
+
+
+def check_activation(config: PolyAttentionConfig) -> Activation:
+    """The entry that a config names; ValueError when it is unknown or the config does not fit it."""
+    entry = get_activation(config.activation)
+    _check_fit(entry, config)
+    return entry
+
+
+def _check_fit(entry: Activation, config: PolyAttentionConfig) -> None:
     if config.normalization == "sum" and entry.is_polynomial and config.degree % 2:
         raise ValueError(
             f'normalization "sum" needs weights of one sign, and degree {config.degree} is odd: '
             'rows could sum to zero. Use "l1" or "l2", or an even degree'
         )
-    return config
+    if entry.exponential and config.normalization != "sum":
+        raise ValueError(
+            f'activation {entry.name!r} is computed relative to each row\'s maximum, which only normalization "sum" '
+            f"cancels; got {config.normalization!r}"
+        )
+    if not entry.is_polynomial and config.backend == "tiled":
+        raise ValueError(f'the tiled form knows polynomials only: use backend="auto" for activation {entry.name!r}')
 
 
 def horner(scores: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,16 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 STOCK_PREFIX = "polyattn_"
+
+
+def head_dim(module: nn.Module) -> int:
+    config = module.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _heads_from_config(module: nn.Module) -> int:
@@ -19,11 +25,29 @@ def _spread_at_initialization(module: nn.Module) -> float:
     Inputs come out of a norm with unit variance, so each entry of q and k has variance width * range^2, and q . k has
     variance head_dim times its square.
     """
-    config = module.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    scaling = getattr(module, "scaling", head_dim**-0.5)
-    return scaling * head_dim**0.5 * config.hidden_size * config.initializer_range**2
+    config, size = module.config, head_dim(module)
+    scaling = getattr(module, "scaling", None) or size**-0.5
+    return scaling * size**0.5 * config.hidden_size * config.initializer_range**2
+
+
+def linear_query_key(*names: str) -> Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """`query_key` of attention modules that have one linear layer for queries and one for keys, by their names."""
+
+    def find(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        layers = [getattr(module, name) for name in names]
+        return [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+
+    return find
+
+
+def fused_query_key(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """`query_key` of GPT-2, whose c_attn makes queries, keys and values side by side, in columns."""
+    width = module.embed_dim
+    if module.is_cross_attention:
+        layers = [(module.q_attn, width), (module.c_attn, width)]
+    else:
+        layers = [(module.c_attn, 2 * width)]
+    return [layer.weight[:, :end] for layer, end in layers], [layer.bias[:end] for layer, end in layers]
 
 
 @dataclass(frozen=True)
@@ -34,12 +58,14 @@ class Architecture:
     attention_classes: names of the modules that call `ALL_ATTENTION_FUNCTIONS.get_interface` in their forward.
     num_heads: query heads of such a module.
     initial_spread: root mean square of its scores at initialisation.
+    query_key: views of the weights, and of the biases, that make queries and keys; None where nobody has said.
     """
 
     model_type: str
     attention_classes: tuple[str, ...]
     num_heads: Callable[[nn.Module], int] = _heads_from_config
     initial_spread: Callable[[nn.Module], float] = _spread_at_initialization
+    query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None
 
     def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of every attention module, in the order of `named_modules`."""
@@ -57,6 +83,7 @@ def register_architecture(
     *,
     num_heads: Callable[[nn.Module], int] | None = None,
     initial_spread: Callable[[nn.Module], float] | None = None,
+    query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None,
     exist_ok: bool = False,
 ) -> Architecture:
     """Make `patch_model` and `from_pretrained` work for one more model_type of Transformers.
@@ -79,6 +106,7 @@ def register_architecture(
         tuple(attention_classes),
         num_heads or _heads_from_config,
         initial_spread or _spread_at_initialization,
+        query_key,
     )
     register_config(model_type)
     _REGISTRY[model_type] = entry
@@ -94,8 +122,8 @@ def get_architecture(config: PretrainedConfig) -> Architecture:
     model_type = config.model_type.removeprefix(STOCK_PREFIX)
     if model_type not in _REGISTRY:
         raise ValueError(
-            f"no entry for architecture {model_type!r}; registered: {', '.join(sorted(_REGISTRY))}. If its attention goes "
-            "through transformers' AttentionInterface, call hf_polyattn.register_architecture("
+            f"no entry for architecture {model_type!r}; registered: {', '.join(sorted(_REGISTRY))}. If its attention "
+            "goes through transformers' AttentionInterface, call hf_polyattn.register_architecture("
             f"{model_type!r}, [names of its attention classes]) and test it; if not, it cannot be patched"
         )
     return _REGISTRY[model_type]

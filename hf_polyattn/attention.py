@@ -15,12 +15,15 @@ from .ops.masks import split_mask
 from .state import softmax_attention
 
 NAME = "polyattn"
+RETURN_WEIGHTS = "_polyattn_return_weights"
+"""Attribute of an attention module: the running forward pass was called with output_attentions=True."""
 
 # arguments that change the result and that no polynomial form honours
 _REFUSED = {
     "s_aux": "attention sinks",
     "cache": "the paged cache of continuous batching",
     "block_mask": "a flex-attention block mask",
+    "head_mask": "switching heads off",
 }
 
 
@@ -40,14 +43,14 @@ def polyattn_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that Transformers calls; returns [B, T, H, Dv] and the weights when they are wanted.
 
-    Modules without a `polyattn` child (layers left out of the patch) compute softmax.
+    Modules that the patch leaves out on purpose (`polyattn` is None) compute softmax.
 
     Raises:
-        ValueError: for arguments that cannot be honoured, and for a missing mask where one is needed.
+        ValueError: for a module that was never patched, for arguments that cannot be honoured, and for a missing mask
+            where one is needed.
+        OverflowError: when float16 cannot hold the output; names the layer.
     """
-    for name, meaning in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"polynomial attention cannot honour {name} ({meaning}); unpatch_model(model) gives softmax back")
+    _refuse(module, attention_mask, kwargs)
     queries, keys = query.shape[2], key.shape[2]
     keep, bias, causal = None, position_bias, False
     if attention_mask is not None:
@@ -56,7 +59,8 @@ def polyattn_attention(
             bias = extra if bias is None else bias + extra
         # the mask already holds the window
         sliding_window = None
-    else:
+    _refuse_unmasked_packing(keep, kwargs.get("cu_seq_lens_q"))
+    if attention_mask is None:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         causal = bool(causal) and queries > 1
         if causal and queries != keys:
@@ -64,23 +68,49 @@ def polyattn_attention(
                 f"no mask came with {queries} queries against {keys} keys of causal {type(module).__name__}: the "
                 "positions of the queries cannot be told. Call the model, not its layers, or pass a 4-D attention mask"
             )
-    state = getattr(module, NAME, None)
-    compute = state if state is not None else softmax_attention
-    wanted = bool(kwargs.get("output_attentions")) or (state is not None and state.return_weights)
-    out, weights = compute(
-        query,
-        key,
-        value,
-        keep=keep,
-        bias=bias,
-        is_causal=causal,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        dropout=dropout,
-        softcap=softcap,
-        sliding_window=sliding_window,
-        return_weights=wanted,
-    )
+    state = getattr(module, NAME)
+    compute = softmax_attention if state is None else state
+    try:
+        out, weights = compute(
+            query,
+            key,
+            value,
+            keep=keep,
+            bias=bias,
+            is_causal=causal,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            dropout=dropout,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            return_weights=bool(kwargs.get("output_attentions")) or getattr(module, RETURN_WEIGHTS, False),
+        )
+    except OverflowError as error:
+        raise OverflowError(f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}: {error}") from None
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    if not hasattr(module, NAME):
+        raise ValueError(
+            f"{type(module).__name__} was asked for {NAME!r} attention but never patched: call patch_model "
+            "on a stock model, or load a polynomial checkpoint through its Auto class"
+        )
+    for name, meaning in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"polynomial attention cannot honour {name} ({meaning}); unpatch_model(model) gives softmax back"
+            )
+
+
+def _refuse_unmasked_packing(keep: torch.Tensor | None, boundaries: torch.Tensor | None) -> None:
+    """Raises when some sequence of a packed row, from boundaries[i] to boundaries[i + 1], sees the one before it."""
+    if boundaries is None or torch.compiler.is_compiling():
+        return
+    starts = boundaries[1:-1].long()
+    if len(starts) and (keep is None or keep[..., starts, starts - 1].any()):
+        raise ValueError(
+            "cu_seq_lens alone does not keep packed sequences apart: pass position_ids that start at 0 in each of them"
+        )
 
 
 def polyattn_mask(
@@ -93,7 +123,10 @@ def polyattn_mask(
     """
     whole_sequence = kwargs.get("q_length") is not None and kwargs.get("q_length") == kwargs.get("kv_length")
     return sdpa_mask(
-        *args, allow_is_causal_skip=allow_is_causal_skip and whole_sequence, allow_is_bidirectional_skip=False, **kwargs
+        *args,
+        allow_is_causal_skip=allow_is_causal_skip and whole_sequence,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
     )
 
 

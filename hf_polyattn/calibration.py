@@ -5,9 +5,10 @@ the width. So alpha is set to one over the measured spread of each head, and gai
 the polynomial's.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -47,13 +48,13 @@ class CalibrationReport:
     def __str__(self) -> str:
         width = max(len(name) for name in self.modules)
         lines = [
-            f"calibrated {len(self.modules)} attention modules on {self.batches} batches; mean (min to max) over heads",
-            f"{'module':{width}}  {'score spread':>20}  {'peak score':>10}  {'softmax rms':>11}  {'poly rms':>8}  {'gain':>20}",
+            f"calibrated {len(self.modules)} attention modules on {self.batches} batches: mean (min to max) of the heads",
+            f"{'module':{width}}  {'score spread':>20}  {'peak':>8}  {'softmax rms':>11}  {'poly rms':>8}  {'gain':>20}",
         ]
         for name, m in self.modules.items():
             lines.append(
-                f"{name:{width}}  {_span(m.spread):>20}  {m.peak.max().item():>10.3g}  {m.softmax_rms.mean().item():>11.3g}"
-                f"  {m.poly_rms.mean().item():>8.3g}  {_span(m.gain):>20}"
+                f"{name:{width}}  {_span(m.spread):>20}  {m.peak.max().item():>8.3g}"
+                f"  {m.softmax_rms.mean().item():>11.3g}  {m.poly_rms.mean().item():>8.3g}  {_span(m.gain):>20}"
             )
         return "\n".join(lines)
 
@@ -65,7 +66,11 @@ class _Observer:
         self.state = state
         heads = state.alpha.shape[0]
         self.squares, self.count, self.peak = torch.zeros(heads), torch.zeros(heads), torch.zeros(heads)
-        self.softmax_squares, self.poly_squares, self.energy = torch.zeros(heads), torch.zeros(heads), torch.zeros(heads)
+        self.softmax_squares, self.poly_squares, self.energy = (
+            torch.zeros(heads),
+            torch.zeros(heads),
+            torch.zeros(heads),
+        )
         self.rows = 0.0
         self.measure_output = False
 
@@ -85,7 +90,9 @@ class _Observer:
             is_causal=options["is_causal"],
         )
         if self.measure_output:
-            poly, weights = self.state._attend(query, key, value, **{**options, "dropout": 0.0, "return_weights": True})
+            poly, weights = self.state._attend(
+                query, key, value, **{**options, "dropout": 0.0, "return_weights": True}
+            )
             rows = keep.any(-1).expand(query.shape[0], query.shape[1], query.shape[2])
             self.rows += rows[:, 0].sum().item()
             self.softmax_squares += _sum_heads(out.float().square().mean(-1) * rows)
@@ -110,6 +117,21 @@ class _Observer:
     def spread(self) -> torch.Tensor:
         return (self.squares / self.count.clamp(min=1)).sqrt()
 
+    def gain_factor(self, target: Target) -> torch.Tensor:
+        """[heads], what the gain is to be multiplied by."""
+        if target == "frobenius":
+            return (self.rows / self.energy).sqrt()
+        return (self.softmax_squares / self.poly_squares).sqrt()
+
+    def measures(self, factor: torch.Tensor) -> HeadMeasures:
+        return HeadMeasures(
+            spread=self.spread,
+            peak=self.peak,
+            softmax_rms=(self.softmax_squares / self.rows).sqrt(),
+            poly_rms=(self.poly_squares / self.rows).sqrt() * factor,
+            gain=self.state.gain.detach().float().cpu(),
+        )
+
 
 def calibrate_gain(
     model: PreTrainedModel, batches: Iterable[Any], *, target: Target = "output_rms"
@@ -129,6 +151,8 @@ def calibrate_gain(
     found = states(model)
     if not found:
         raise ValueError(f"{type(model).__name__} is not patched: call patch_model first")
+    if target not in get_args(Target):
+        raise ValueError(f"target must be one of {get_args(Target)}, got {target!r}")
     config = read_settings(model.config)
     if config.alpha != "auto" and config.gain != "auto":
         raise ValueError('alpha and gain are fixed numbers in this config: nothing to calibrate; pass gain="auto"')
@@ -139,60 +163,71 @@ def calibrate_gain(
     with torch.no_grad(), _observing(model, observers):
         _run(model, batches)
         for name, observer in observers.items():
-            _check(name, observer)
+            _check_scores(name, observer)
+        for name, observer in observers.items():
             if config.alpha == "auto":
-                observer.state.alpha.copy_(1 / observer.spread)
+                _store(name, observer.state.alpha, 1 / observer.spread)
             observer.measure_output = True
         _run(model, batches)
-        modules = {name: _set_gain(observer, config.gain == "auto", target) for name, observer in observers.items()}
+        factors = {name: observer.gain_factor(target) for name, observer in observers.items()}
+        for name, observer in observers.items():
+            if config.gain == "auto":
+                _store(name, observer.state.gain, observer.state.gain.float().cpu() * factors[name])
+            else:
+                factors[name] = torch.ones_like(factors[name])
+    modules = {name: observer.measures(factors[name]) for name, observer in observers.items()}
     return CalibrationReport(modules, len(batches))
 
 
-def _set_gain(observer: _Observer, settable: bool, target: Target) -> HeadMeasures:
-    state = observer.state
-    softmax_rms = (observer.softmax_squares / observer.rows).sqrt()
-    poly_rms = (observer.poly_squares / observer.rows).sqrt()
-    factor = torch.ones_like(poly_rms)
-    if settable:
-        if target == "output_rms":
-            factor = softmax_rms / poly_rms.clamp(min=1e-30)
-        elif target == "frobenius":
-            factor = (observer.rows / observer.energy.clamp(min=1e-30)).sqrt()
-        else:
-            raise ValueError(f'target must be "output_rms" or "frobenius", got {target!r}')
-        state.gain.mul_(factor.to(state.gain))
-    return HeadMeasures(observer.spread, observer.peak, softmax_rms, poly_rms * factor, state.gain.detach().float().cpu())
+def _store(name: str, tensor: torch.Tensor, values: torch.Tensor) -> None:
+    stored = values.to(tensor)
+    if not (torch.isfinite(stored) & (stored != 0)).all():
+        raise ValueError(
+            f"{name} would need values of {_span(values)}, which {tensor.dtype} cannot hold: calibrate in float32 or "
+            "on batches of real inputs"
+        )
+    tensor.copy_(stored)
 
 
-def _check(name: str, observer: _Observer) -> None:
-    if not torch.isfinite(observer.spread).all():
+def _check_scores(name: str, observer: _Observer) -> None:
+    if not torch.isfinite(observer.squares).all():
         raise ValueError(f"scores of {name} are not finite: the model or the batches hold NaN or inf")
-    if (dead := (observer.spread == 0).nonzero().flatten().tolist()) or observer.count.min() == 0:
+    if dead := (observer.squares == 0).nonzero().flatten().tolist():
         raise ValueError(f"heads {dead} of {name} have only zero scores: pass batches of real, unpadded inputs")
 
 
-class _observing:  # noqa: N801  a context manager, used like one
-    """Puts the observers in place of the states' own computation, and the model into eval mode."""
+@contextlib.contextmanager
+def _observing(model: nn.Module, observers: Mapping[str, _Observer]) -> Iterator[None]:
+    """Puts the observers in place of the states' own computation, and the model into eval mode.
 
-    def __init__(self, model: nn.Module, observers: dict[str, _Observer]) -> None:
-        self.model, self.observers = model, observers
-
-    def __enter__(self) -> None:
-        self.was_training = self.model.training
-        self.model.eval()
-        for observer in self.observers.values():
-            observer.state.observer = observer
-
-    def __exit__(self, *error: object) -> None:
-        self.model.train(self.was_training)
-        for observer in self.observers.values():
+    After an error alpha and gain are what they were.
+    """
+    training = {module: module.training for module in model.modules()}
+    before = {name: (o.state.alpha.clone(), o.state.gain.clone()) for name, o in observers.items()}
+    model.eval()
+    for observer in observers.values():
+        observer.state.observer = observer
+    try:
+        yield
+    except BaseException:
+        for name, (alpha, gain) in before.items():
+            observers[name].state.alpha.copy_(alpha)
+            observers[name].state.gain.copy_(gain)
+        raise
+    finally:
+        for observer in observers.values():
             observer.state.observer = None
+        # module by module: a part that was frozen in eval mode stays so
+        for module, was_training in training.items():
+            module.training = was_training
 
 
 def _run(model: PreTrainedModel, batches: list[Any]) -> None:
     for batch in batches:
         inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-        inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items() if k != "labels"}
+        inputs = {
+            k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items() if k != "labels"
+        }
         model(**inputs)
 
 

@@ -20,17 +20,17 @@ class PolyAttentionConfig:
     """
 
     activation: str = "poly"
-    """Name in the activation registry: "poly", "monomial" (the paper's form), "softmax", "relu", "sigmoid" or your own."""
+    """A registered name: "poly", "monomial" (the paper's form), "softmax", "relu", "sigmoid" or your own."""
     degree: int = 3
     """Degree p of the polynomial, 1 to 16. Ignored by activations that are not polynomials."""
     coefficients: str | tuple[float, ...] = "learnable"
     """"learnable": c_0..c_p for each head, trained; "monomial": phi(s) = s^p; or p + 1 fixed numbers c_0..c_p."""
     init_coefficients: tuple[float, ...] | None = None
-    """Where learnable coefficients start, c_0..c_p. None: the activation's default, see `activations.default_start`."""
+    """Where learnable coefficients start, c_0..c_p. None: the default of `activations.default_start`."""
     normalization: str | float = "sqrt_length"
     """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14."""
     alpha: float | Literal["auto"] = "auto"
-    """Factor of the score. "auto": one over the score spread, measured by calibration or estimated from the initialiser."""
+    """Factor of the score. "auto": one over the score spread, measured or estimated from the initialiser."""
     beta: float = 0.0
     """Shift of the scaled score."""
     gain: float | Literal["auto"] = "auto"
@@ -42,7 +42,7 @@ class PolyAttentionConfig:
     qk_norm: bool = False
     """RMS-normalise queries and keys per head, without parameters: bounds |s| by scaling * head_dim."""
     layers: tuple[int, ...] | None = None
-    """Indices of the attention modules to patch, negative ones count from the end; the others stay softmax. None: all."""
+    """Attention modules to patch, negative numbers count from the end; the others stay softmax. None: all."""
     heads: Mapping[int, tuple[int, ...]] | None = None
     """Heads to patch by layer index; the other heads of such a layer stay softmax. Layers not named: all heads."""
     backend: str = "auto"
@@ -77,10 +77,14 @@ class PolyAttentionConfig:
                 if not all(math.isfinite(c) for c in value):
                     raise ValueError(f"{name} must be finite, got {value}")
         if self.init_coefficients is not None and self.coefficients != "learnable":
-            raise ValueError('init_coefficients is where learnable coefficients start: it needs coefficients="learnable"')
+            raise ValueError(
+                'init_coefficients is where learnable coefficients start: it needs coefficients="learnable"'
+            )
         if isinstance(self.normalization, str):
             if self.normalization not in NORMALIZATIONS:
-                raise ValueError(f"normalization must be one of {NORMALIZATIONS} or a number, got {self.normalization!r}")
+                raise ValueError(
+                    f"normalization must be one of {NORMALIZATIONS} or a number, got {self.normalization!r}"
+                )
         elif not (isinstance(self.normalization, float) and 0 < self.normalization < math.inf):
             raise ValueError(f"a constant normalization must be a positive number, got {self.normalization!r}")
         for name in ("alpha", "gain"):

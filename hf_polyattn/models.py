@@ -1,24 +1,28 @@
 """Persistence by a distinct model_type: generated subclasses of stock configurations and models.
 
 `save_pretrained` drops the attention implementation, so a patched checkpoint of a stock class would reload, in
-silence, as softmax. A polynomial model is therefore an instance of a generated subclass (PolyGPT2LMHeadModel, model_type
-polyattn_gpt2) that Auto classes find when this package is imported, and that nobody can load without it.
+silence, as softmax. A polynomial model is therefore an instance of a generated subclass (PolyGPT2LMHeadModel,
+model_type polyattn_gpt2) that Auto classes find when this package is imported, and that nobody can load without it.
 """
 
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .architectures import STOCK_PREFIX, get_architecture
-from .attention import NAME
+from .architectures import STOCK_PREFIX, get_architecture, head_dim
+from .attention import NAME, RETURN_WEIGHTS
 from .config import PolyAttentionConfig
+from .lookups import add_model_name, add_peft_targets, add_tokenizer
 from .state import PolyAttentionState
 
 _MODULE = sys.modules[__name__]
+_PREFIX = "Poly"
 
 
 class PolyConfigMixin:
@@ -27,6 +31,13 @@ class PolyConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         register_models(type(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT looks its default targets up by the model_type that it finds in this dictionary
+        add_peft_targets(self.model_type, self.stock_class.model_type)
+        # GPT2LMHeadModel.from_pretrained would take our checkpoint with no more than a warning; asked for an
+        # implementation that only this package registers, it raises
+        return {**super().to_dict(), "attn_implementation": NAME}
 
 
 class PolyModelMixin:
@@ -58,8 +69,8 @@ def read_settings(config: PretrainedConfig) -> PolyAttentionConfig:
     values = getattr(config, NAME, None)
     if not values:
         raise ValueError(
-            f"a {config.model_type} configuration needs its `{NAME}` block, which says what the attention computes; this "
-            "one has none. Build such models with hf_polyattn.patch_model"
+            f"a {config.model_type} configuration needs its `{NAME}` block, which says what the attention computes; "
+            "this one has none. Build such models with hf_polyattn.patch_model"
         )
     return PolyAttentionConfig.from_dict(values)
 
@@ -78,23 +89,33 @@ def attach(model: PreTrainedModel, settings: PolyAttentionConfig) -> None:
     modules = list(architecture.attention_modules(model))
     layers = chosen_layers(settings, len(modules))
     for index, (_, module) in enumerate(modules):
-        if index not in layers:
-            continue
-        heads = architecture.num_heads(module)
-        scaling = getattr(module, "scaling", None)
-        like = next(module.parameters(), None)
-        spread = architecture.initial_spread(module)
-        if settings.qk_norm and scaling is not None:
-            # normalised q and k of random direction: q . k has variance head_dim
-            spread = scaling * head_dim(module) ** 0.5
-        module.add_module(
-            NAME,
-            PolyAttentionState(settings, heads, chosen=chosen_heads(settings, index, heads), spread=spread, like=like),
-        )
+        # None: known to the patcher, and softmax on purpose
+        state = None
+        if index in layers:
+            heads = architecture.num_heads(module)
+            spread = architecture.initial_spread(module)
+            if settings.qk_norm and getattr(module, "scaling", None) is not None:
+                # normalised q and k of random direction: q . k has variance head_dim
+                spread = module.scaling * head_dim(module) ** 0.5
+            chosen = chosen_heads(settings, index, heads)
+            state = PolyAttentionState(settings, heads, chosen=chosen, spread=spread, like=_floating(module, model))
+            state.train(module.training)
+        module.add_module(NAME, state)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, PolyModelMixin):
             become(inner, poly_model_class(type(inner)))
-    watch_output_attentions(model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undoes `attach`, but for the configuration."""
+    for _, module in get_architecture(model.config).attention_modules(model):
+        for name in (NAME, RETURN_WEIGHTS):
+            if hasattr(module, name):
+                delattr(module, name)
+    for inner in model.modules():
+        if isinstance(inner, PolyModelMixin):
+            inner.__class__ = type(inner).stock_class
+            inner.__dict__.pop(RETURN_WEIGHTS, None)
 
 
 def become(model: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
@@ -102,11 +123,6 @@ def become(model: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
     model.__class__ = cls
     # Transformers notes what a class can record (attentions, hidden states) only when its base constructor runs
     PreTrainedModel.__init__(cls.__new__(cls), model.config)
-
-
-def head_dim(module: nn.Module) -> int:
-    config = module.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def chosen_layers(settings: PolyAttentionConfig, count: int) -> set[int]:
@@ -138,43 +154,50 @@ def states(model: nn.Module) -> dict[str, PolyAttentionState]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, PolyAttentionState):
+            # of a copy that PEFT keeps for training, the last one counts
             found[name.partition(f".{NAME}")[0]] = module
     return found
 
 
-def watch_output_attentions(model: PreTrainedModel) -> None:
-    """Tells the states when a call asks for attention weights: not every attention module passes the argument on."""
-    base = model.base_model
-    if not getattr(base, "_polyattn_watched", False):
-        base.register_forward_pre_hook(_want_weights, with_kwargs=True)
-        base.register_forward_hook(_forget_weights, always_call=True)
-        base._polyattn_watched = True
+def _floating(module: nn.Module, model: PreTrainedModel) -> Any:
+    """A parameter to take dtype and device from; quantized ones are stored as integers."""
+    candidates = (p for source in (module, model) for p in source.parameters())
+    return next((p for p in candidates if p.is_floating_point() and p.element_size() > 1), None)
 
 
-def _want_weights(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    if kwargs.get("output_attentions"):
-        for state in states(model).values():
-            state.return_weights = True
+def _noting_output_attentions(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the attention modules when a call asks for weights: GPT-2's do not pass the argument on."""
 
+    @functools.wraps(forward)
+    def noting(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        wanted = bool(kwargs.get("output_attentions"))
+        # the note stays until the next call, because gradient checkpointing runs the layers again in backward
+        if self.base_model is self and getattr(self, RETURN_WEIGHTS, False) != wanted:
+            for _, module in get_architecture(self.config).attention_modules(self):
+                setattr(module, RETURN_WEIGHTS, wanted)
+            setattr(self, RETURN_WEIGHTS, wanted)
+        return forward(self, *args, **kwargs)
 
-def _forget_weights(model: nn.Module, args: tuple, output: Any) -> None:
-    for state in states(model).values():
-        if state.return_weights:
-            state.return_weights = False
+    return noting
 
 
 @functools.cache
 def poly_config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The polynomial subclass of a stock configuration class."""
     attributes = {"model_type": STOCK_PREFIX + base.model_type, "__module__": __name__, "stock_class": base}
-    return _publish(type(f"Poly{base.__name__}", (PolyConfigMixin, base), attributes))
+    return _publish(type(_PREFIX + base.__name__, (PolyConfigMixin, base), attributes))
 
 
 @functools.cache
 def poly_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The polynomial subclass of a stock model class: isinstance with the stock class stays true."""
-    attributes = {"config_class": poly_config_class(base.config_class), "__module__": __name__, "stock_class": base}
-    return _publish(type(f"Poly{base.__name__}", (PolyModelMixin, base), attributes))
+    attributes = {
+        "config_class": poly_config_class(base.config_class),
+        "__module__": __name__,
+        "stock_class": base,
+        "forward": _noting_output_attentions(base.forward),
+    }
+    return _publish(type(_PREFIX + base.__name__, (PolyModelMixin, base), attributes))
 
 
 def poly_config(config: PretrainedConfig, settings: PolyAttentionConfig) -> PretrainedConfig:
@@ -193,6 +216,8 @@ def stock_config(config: PretrainedConfig, implementation: str | None) -> Pretra
     out.__class__ = type(config).stock_class
     delattr(out, NAME)
     out._attn_implementation = implementation
+    if out.architectures:
+        out.architectures = [name.removeprefix(_PREFIX) for name in out.architectures]
     return out
 
 
@@ -217,10 +242,23 @@ def register_models(config_class: type[PretrainedConfig]) -> None:
             continue
         base = mapping[stock]
         if isinstance(base, type):
-            auto.register(config_class, poly_model_class(base), exist_ok=True)
+            twin = poly_model_class(base)
+            auto.register(config_class, twin, exist_ok=True)
+            add_model_name(auto, config_class.model_type, twin.__name__)
+    add_tokenizer(config_class, stock)
 
 
 def _publish(cls: type) -> type:
     """Puts a generated class where its __module__ says it is, so that pickle and copy find it."""
     setattr(_MODULE, cls.__name__, cls)
     return cls
+
+
+def __getattr__(name: str) -> type:
+    """Generates the twin of a Transformers class on demand: a fresh process unpickles PolyGPT2LMHeadModel."""
+    stock = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if isinstance(stock, type) and issubclass(stock, PretrainedConfig):
+        return poly_config_class(stock)
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return poly_model_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

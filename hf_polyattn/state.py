@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .activations import default_start, frobenius_gain, get_activation
+from .activations import check_activation, default_start, frobenius_gain
 from .config import PolyAttentionConfig
 from .ops import NORMALIZED, attend, rms_normalize
+from .ops.masks import build_keep
 
 
 class PolyAttentionState(nn.Module):
@@ -37,18 +38,20 @@ class PolyAttentionState(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.activation = get_activation(config.activation)
+        self.activation = check_activation(config)
         self.num_heads = num_heads
         self.chosen = chosen
         self.rest = None if chosen is None else tuple(h for h in range(num_heads) if h not in chosen)
         self.spread = spread
-        # set for the length of one forward pass by the model's hook when the caller asks for attention weights
-        self.return_weights = False
         # calibration puts a function of the same signature as `_attend` here while it measures
         self.observer: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None
         heads = num_heads if chosen is None else len(chosen)
         options = {"dtype": like.dtype, "device": like.device} if like is not None else {}
-        for name, learned in (("alpha", config.learn_affine), ("beta", config.learn_affine), ("gain", config.learn_gain)):
+        for name, learned in (
+            ("alpha", config.learn_affine),
+            ("beta", config.learn_affine),
+            ("gain", config.learn_gain),
+        ):
             self._put(name, torch.empty(heads, **options), learned)
         if self.has_coefficients:
             start = torch.empty(heads, config.degree + 1, **options)
@@ -71,6 +74,11 @@ class PolyAttentionState(nn.Module):
         fixed_shift = config.beta == 0 and not config.learn_affine
         bare = self.activation.is_polynomial and not self.has_coefficients
         return bare and fixed_shift and config.normalization not in NORMALIZED
+
+    @property
+    def _unscaled(self) -> bool:
+        config = self.config
+        return (config.alpha, config.beta, config.gain) == (1, 0, 1) and not (config.learn_gain or config.learn_affine)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -138,12 +146,14 @@ class PolyAttentionState(nn.Module):
         config = self.config
         gain, affine = self.gain, (self.alpha, self.beta)
         if self._plain_power:
-            # (alpha s)^p = alpha^p s^p: kernels then take their bare power, without an affine score
-            gain, affine = gain * self.alpha**config.degree, None
-        if config.activation == "softmax" and not return_weights and options["softcap"] is None:
+            # (alpha s)^p = alpha^p s^p: kernels then take their bare power, without an affine score; wide, because
+            # alpha^p leaves float16's range long before the weights do
+            wide = torch.promote_types(gain.dtype, torch.float32)
+            gain, affine = gain.to(wide) * self.alpha.to(wide) ** config.degree, None
+        if config.activation == "softmax" and self._unscaled:
             if config.qk_norm:
                 query, key = rms_normalize(query), rms_normalize(key)
-            return softmax_attention(query, key, value, return_weights=False, **options)
+            return softmax_attention(query, key, value, return_weights=return_weights, **options)
         polynomial = self.activation.is_polynomial
         out = attend(
             query,
@@ -157,7 +167,7 @@ class PolyAttentionState(nn.Module):
             gain=gain,
             affine=affine,
             qk_norm=config.qk_norm,
-            backend=config.backend if polynomial else "naive",
+            backend=config.backend,
             return_weights=return_weights,
             **options,
         )
@@ -183,41 +193,32 @@ def softmax_attention(
     sliding_window: int | None = None,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What heads and layers outside the patch compute: torch's SDPA, or the definition when weights are asked for."""
-    if return_weights or softcap is not None or sliding_window is not None:
-        entry = get_activation("softmax")
-        out, weights = attend(
-            query,
-            key,
-            value,
-            phi=entry.phi,
-            exponential=True,
-            normalization="sum",
-            keep=keep,
-            bias=bias,
-            is_causal=is_causal,
-            scaling=scaling,
-            dropout=dropout,
-            softcap=softcap,
-            sliding_window=sliding_window,
-            return_weights=True,
-        )
-        return out, weights if return_weights else None
+    """What heads and layers outside the patch compute: torch's SDPA, or the same written out where SDPA cannot.
+
+    Rows that may attend to nothing give 0, as everywhere here.
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = keep
+    written_out = return_weights or softcap is not None or bias is not None
+    if sliding_window is not None or (written_out and (is_causal or keep is None)):
+        shape = (query.shape[2], key.shape[2])
+        keep = build_keep(shape, query.device, keep=keep, is_causal=is_causal, sliding_window=sliding_window)
+        is_causal = False
+    if not written_out:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=keep, dropout_p=dropout, is_causal=is_causal, scale=scaling
+        )
+        return out, None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = scaling * (query.to(wide) @ key.to(wide).transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        mask = bias if keep is None else bias.masked_fill(~keep, torch.finfo(bias.dtype).min)
-        if is_causal:
-            causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-            mask = mask.masked_fill(~causal, torch.finfo(bias.dtype).min)
-            is_causal = False
-        mask = mask.to(query.dtype)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
-    )
-    return out, None
+        scores = scores + bias.to(wide)
+    weights = scores.masked_fill(~keep, -torch.inf).softmax(-1).masked_fill(~keep, 0)
+    out = F.dropout(weights, dropout) @ value.to(wide)
+    return out.to(query.dtype), weights.to(query.dtype) if return_weights else None
 
 
 def _pick(mask: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
