@@ -1,0 +1,46 @@
+"""How scores start in a model that is trained from scratch.
+
+Hugging Face initialises every matrix alike, so that scores start with a spread of about .05 in a small model and 1.6
+in a wide one. A power of a tiny score has no gradient to speak of. Two rules give s^p scores to work on, whatever the
+width: a spread of one, which is what the theory of the scaled polynomial assumes (arXiv 2410.18613), or a mean of one,
+which makes s^p behave as 1 + p (s - 1) + ... around the start.
+"""
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from .architectures import get_architecture, head_dim
+
+
+@torch.no_grad()
+def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: float | None = None) -> None:
+    """Sets spread and mean of the scores of a freshly initialised model, patched or not, in place.
+
+    Args:
+        spread: root mean square of the scores around their mean; query and key weights are scaled by its root.
+        mean: of every score; query and key biases are set to one constant c with scaling * head_dim * c^2 = mean.
+    Raises:
+        ValueError: for an architecture whose entry does not say where queries and keys come from, a negative number,
+            or a mean where there are no biases.
+    """
+    entry = get_architecture(model.config)
+    if entry.query_key is None:
+        raise ValueError(f"the entry of {entry.model_type!r} has no query_key: register_architecture(..., query_key=)")
+    for name, value in (("spread", spread), ("mean", mean)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    for name, module in entry.attention_modules(model):
+        weights, biases = entry.query_key(module)
+        if spread is not None:
+            factor = math.sqrt(spread / entry.initial_spread(module))
+            for weight in weights:
+                weight.mul_(factor)
+        if mean is not None:
+            if not biases:
+                raise ValueError(f"{name} has no query and key biases to give scores a mean: use beta=, or spread=")
+            size = head_dim(module)
+            constant = math.sqrt(mean / (getattr(module, "scaling", size**-0.5) * size))
+            for bias in biases:
+                bias.fill_(constant)
