@@ -19,6 +19,7 @@ from .models import read_settings, states
 from .ops import attend, rms_normalize
 from .ops.masks import build_keep
 from .state import PolyAttentionState
+from .tables import format_table
 
 Target = Literal["output_rms", "frobenius"]
 
@@ -46,17 +47,13 @@ class CalibrationReport:
     batches: int
 
     def __str__(self) -> str:
-        width = max(len(name) for name in self.modules)
-        lines = [
-            f"calibrated {len(self.modules)} attention modules on {self.batches} batches: mean (min to max) of the heads",
-            f"{'module':{width}}  {'score spread':>20}  {'peak':>8}  {'softmax rms':>11}  {'poly rms':>8}  {'gain':>20}",
+        header = ["module", "score spread", "peak", "softmax rms", "poly rms", "gain"]
+        rows = [
+            [name, _span(m.spread), _mean(m.peak.max()), _mean(m.softmax_rms), _mean(m.poly_rms), _span(m.gain)]
+            for name, m in self.modules.items()
         ]
-        for name, m in self.modules.items():
-            lines.append(
-                f"{name:{width}}  {_span(m.spread):>20}  {m.peak.max().item():>8.3g}"
-                f"  {m.softmax_rms.mean().item():>11.3g}  {m.poly_rms.mean().item():>8.3g}  {_span(m.gain):>20}"
-            )
-        return "\n".join(lines)
+        what = f"calibrated {len(rows)} attention modules on {self.batches} batches: mean (min to max) of the heads"
+        return f"{what}\n{format_table(header, rows)}"
 
 
 class _Observer:
@@ -236,5 +233,9 @@ def _sum_heads(x: torch.Tensor) -> torch.Tensor:
     return x.sum(dim=(0, 2)).float().cpu()
 
 
+def _mean(x: torch.Tensor) -> str:
+    return f"{x.mean().item():.3g}"
+
+
 def _span(x: torch.Tensor) -> str:
-    return f"{x.mean().item():.3g} ({x.min().item():.3g} to {x.max().item():.3g})"
+    return f"{_mean(x)} ({x.min().item():.3g} to {x.max().item():.3g})"

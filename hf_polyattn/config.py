@@ -93,6 +93,10 @@ class PolyAttentionConfig:
                 raise ValueError(f'{name} must be "auto" or a finite number other than 0, got {value!r}')
         if not (_is_number(self.beta) and math.isfinite(self.beta)):
             raise ValueError(f"beta must be a finite number, got {self.beta!r}")
+        for name in ("learn_gain", "learn_affine", "qk_norm"):
+            # "no" from a command line would count as True
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
         if self.layers is not None and not self.layers:

@@ -32,6 +32,11 @@ class PolyConfigMixin:
         super().__post_init__(**kwargs)
         register_models(type(self))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # unpickled in a fresh process it is the first of its kind, and its constructor does not run
+        self.__dict__.update(state)
+        register_models(type(self))
+
     def to_dict(self) -> dict[str, Any]:
         # PEFT looks its default targets up by the model_type that it finds in this dictionary
         add_peft_targets(self.model_type, self.stock_class.model_type)

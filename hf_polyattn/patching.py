@@ -74,7 +74,8 @@ def patch_model(
     """Replaces softmax in the attention of `model`, in place, and returns it for convenience.
 
     Args:
-        model: a Transformers model of a registered architecture. A patched one is patched anew with these options.
+        model: a whole Transformers model of a registered architecture (were only model.transformer patched, the model
+            around it would save itself as softmax). A patched one is patched anew with these options.
         activation: "poly", "monomial" (the paper's s^p / sqrt n), "softmax", "relu", "sigmoid" or a registered name.
         degree: of the polynomial; default 3.
         config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.

@@ -1,0 +1,500 @@
+"""patch_model and its relatives: what they change, what they leave alone, what they refuse."""
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import (
+    ALL_AUTO_CLASSES,
+    HEADS,
+    LAYERS,
+    batch_for,
+    disturb,
+    output,
+    patched_tiny,
+    same_bits,
+    tiny,
+    tiny_config,
+)
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
+
+import hf_polyattn
+from hf_polyattn import PolyAttentionConfig, coverage, patch_model, patched, unpatch_model
+from hf_polyattn.activations import _REGISTRY as ACTIVATIONS
+from hf_polyattn.attention import polyattn_attention
+from hf_polyattn.models import states
+from hf_polyattn.patching import check_transformers
+
+
+def traces(model):
+    """Everything about a model that a patch could leave behind."""
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    names = (model.config._attn_implementation, model.name_or_path, *(model.model_tags or ()))
+    return classes, attributes, hooks, list(model.state_dict()), model.config.to_dict(), names
+
+
+def refuses(match, model, *args, error=ValueError, **options):
+    with pytest.raises(error, match=match):
+        patch_model(model, *args, **options)
+
+
+# what a patch does
+
+
+@pytest.mark.parametrize(("family", "auto"), ALL_AUTO_CLASSES, ids=lambda x: getattr(x, "__name__", x))
+def test_every_auto_class_is_patched_trains_and_comes_back(family, auto):
+    model = tiny(family, auto)
+    stock, before, inputs = type(model), traces(model), batch_for(model)
+    softmax = output(model)
+    assert patch_model(model) is model
+    assert isinstance(model, stock)
+    assert type(model).__name__ == f"Poly{stock.__name__}"
+    assert model.config.model_type == f"polyattn_{family.split('-')[0]}"
+    polynomial = model(**inputs)[0]
+    assert not torch.allclose(polynomial, softmax, atol=1e-3)
+    polynomial.square().mean().backward()
+    # without encoder states cross-attention would not run: batch_for gives them
+    for state in states(model).values():
+        assert state.coefficients.grad.isfinite().all()
+        assert (state.coefficients.grad != 0).any()
+    unpatch_model(model)
+    assert traces(model) == before
+    assert torch.equal(output(model), softmax)
+
+
+def test_unpatching_after_output_attentions_leaves_nothing():
+    model = tiny("gpt2-cross", AutoModel)
+    # Transformers puts its recording hooks on at the first call of this kind
+    model(**batch_for(model), output_attentions=True)
+    before = traces(model)
+    patch_model(model)
+    model(**batch_for(model), output_attentions=True)
+    unpatch_model(model)
+    assert traces(model) == before
+
+
+def test_coverage_counts_modules_and_heads_and_prints():
+    model = tiny("gpt2")
+    assert str(coverage(model)) == "patched 0 of 2 attention modules (0 of 8 heads)"
+    patch_model(model, heads={1: [0, 3]})
+    report = coverage(model)
+    assert report.patched == {"transformer.h.0.attn": 4, "transformer.h.1.attn": 2}
+    assert report.softmax == ()
+    assert report.total == LAYERS
+    assert str(report) == "poly: patched 2 of 2 attention modules (6 of 8 heads)"
+    patch_model(model, "relu", layers=[-1])
+    assert coverage(model).softmax == ("transformer.h.0.attn",)
+    assert str(coverage(model)) == "relu: patched 1 of 2 attention modules (4 of 8 heads)"
+    assert coverage(tiny("bert-cross")).total == 2 * LAYERS
+
+
+def test_patching_says_what_it_did(caplog):
+    model = tiny("llama")
+    with caplog.at_level(logging.INFO, "hf_polyattn"):
+        patch_model(model, calibrate=[batch_for(model)])
+    assert "poly: patched 2 of 2 attention modules (8 of 8 heads)" in caplog.text
+    assert "calibrated 2 attention modules on 1 batches" in caplog.text
+
+
+def test_patching_is_audible_without_any_logging_set_up(capsys, monkeypatch):
+    logger = logging.getLogger("hf_polyattn")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    patch_model(patch_model(tiny("gpt2")), degree=2)
+    assert capsys.readouterr().err.count("patched 2 of 2 attention modules") == 2
+
+
+def test_patching_anew_replaces_the_options():
+    model = tiny("gpt2")
+    patch_model(model, "poly", 5, learn_gain=True)
+    disturb(model)
+    patch_model(model, "monomial", degree=2, layers=[1])
+    assert coverage(model).softmax == ("transformer.h.0.attn",)
+    assert model.config.polyattn["degree"] == 2
+    assert not [name for name, _ in model.named_parameters() if "polyattn" in name]
+    once = tiny("gpt2")
+    once.load_state_dict({k: v for k, v in model.state_dict().items() if "polyattn" not in k})
+    patch_model(once, "monomial", degree=2, layers=[1])
+    assert torch.equal(output(model), output(once))
+    unpatch_model(model)
+    assert type(model) is GPT2LMHeadModel
+
+
+def test_options_may_come_as_a_config():
+    config = PolyAttentionConfig(degree=2, normalization="l1")
+    model = patch_model(tiny("gpt2"), config=config)
+    assert PolyAttentionConfig.from_dict(model.config.polyattn) == config
+    for extra in ({"degree": 3}, {"activation": "relu"}, {"normalization": "l2"}):
+        refuses("not both", tiny("gpt2"), config=config, **extra)
+
+
+def test_patched_context_gives_the_model_back_also_after_an_error():
+    model = tiny("bert", AutoModelForMaskedLM)
+    before, softmax = traces(model), output(model)
+    with patched(model, "poly", degree=2) as inner:
+        assert inner is model
+        assert coverage(model).patched
+    assert traces(model) == before
+    with pytest.raises(KeyError), patched(model):
+        raise KeyError
+    assert traces(model) == before
+    assert torch.equal(output(model), softmax)
+    patch_model(model)
+    with pytest.raises(ValueError, match="patched already"), patched(model):
+        pass
+
+
+def test_original_implementation_comes_back():
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2"), attn_implementation="eager")
+    unpatch_model(patch_model(patch_model(model), degree=2))
+    assert model.config._attn_implementation == "eager"
+
+
+# what a patch leaves alone
+
+
+def test_two_models_of_one_config_object_do_not_touch_each_other():
+    config = tiny_config("gpt2")
+    teacher, student = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    assert teacher.config is student.config
+    student.load_state_dict(teacher.state_dict())
+    before, softmax = traces(teacher), output(teacher.eval())
+    patch_model(student.eval())
+    assert traces(teacher) == before
+    assert torch.equal(output(teacher), softmax)
+    assert teacher.transformer.h[0].attn.config._attn_implementation == "sdpa"
+    other = patch_model(GPT2LMHeadModel(config), "monomial", 2)
+    assert student.config.polyattn["degree"] == 3
+    assert other.config.polyattn["degree"] == 2
+    unpatch_model(student)
+    assert torch.equal(output(student), softmax)
+    assert isinstance(other, hf_polyattn.models.PolyModelMixin)
+
+
+def test_importing_adds_registry_entries_and_changes_nothing_else():
+    code = """
+import transformers, importlib
+from transformers import AttentionInterface, AutoConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+names = ["gpt2", "llama", "bert"]
+modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in names]
+modules += [transformers.modeling_utils, transformers.masking_utils, transformers.generation.utils]
+def state():
+    out = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            out[module.__name__, name] = id(value)
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                out.update({(module.__name__, name, k): id(v) for k, v in vars(value).items()})
+    return out, dict(functions._global_mapping), dict(masks._global_mapping)
+before = state()
+import hf_polyattn
+after = state()
+assert before[0] == after[0]
+for old, new in zip(before[1:], after[1:]):
+    assert set(new) - set(old) == {"polyattn"}
+    assert all(new[k] is old[k] for k in old)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_deep_copies_are_independent():
+    model = patched_tiny("llama")
+    model(**batch_for(model), output_attentions=True)
+    copied = copy.deepcopy(model)
+    expected = output(model)
+    assert torch.equal(output(copied), expected)
+    disturb(copied)
+    assert not torch.allclose(output(copied), expected)
+    assert torch.equal(output(model), expected)
+    unpatch_model(copied)
+    assert torch.equal(output(model), expected)
+
+
+def test_failed_patch_leaves_a_stock_model_stock():
+    model = tiny("gpt2")
+    model.add_model_tags(["mine"])
+    before, softmax = traces(model), output(model)
+    refuses("no batch", model, calibrate=[])
+    refuses("input_ids or inputs_embeds", model, calibrate=[{"nonsense": 1}])
+    nan = {"inputs_embeds": torch.full((1, 4, 32), torch.nan, dtype=torch.float64)}
+    refuses("not finite", model, calibrate=[nan])
+    refuses("layers names", model, layers=[5])
+    assert traces(model) == before
+    assert torch.equal(output(model), softmax)
+
+
+def test_failed_second_patch_keeps_the_first():
+    model = patched_tiny("gpt2", poly={"degree": 5})
+    before, expected, state = traces(model), output(model), copy.deepcopy(model.state_dict())
+    nan = {"inputs_embeds": torch.full((1, 4, 32), torch.nan, dtype=torch.float64)}
+    refuses("not finite", model, degree=2, calibrate=[nan])
+    refuses("heads names layers", model, heads={7: [0]})
+    assert traces(model) == before
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(output(model), expected)
+
+
+# what a patch refuses
+
+
+def test_architectures_without_an_entry_are_refused():
+    bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=16))
+    refuses("no entry for architecture 'bloom'", bloom)
+    hf_polyattn.register_architecture("bloom", ["BloomAttention"], exist_ok=True)
+    refuses("computes its attention by itself", bloom)
+
+
+def test_an_entry_that_misses_attention_classes_is_refused(monkeypatch):
+    from hf_polyattn import architectures
+
+    monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("BertSelfAttention",)))
+    refuses("does not cover .*crossattention", tiny("bert-cross"))
+    monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("Nothing",)))
+    refuses("has no module of class Nothing", tiny("bert", AutoModel))
+
+
+def test_things_that_are_no_transformers_model_are_refused():
+    refuses("polynomial_attention", nn.Linear(2, 2), error=TypeError)
+    with pytest.raises(TypeError):
+        coverage(nn.Linear(2, 2))
+
+
+def test_wrapped_and_compiled_models_are_refused(tmp_path):
+    model = tiny("gpt2")
+    refuses("compiled: patch or unpatch it first", torch.compile(model))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        refuses("DistributedDataParallel: patch or unpatch it first", wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    patch_model(model)
+    for method in (unpatch_model, lambda m: patch_model(m, degree=2)):
+        with pytest.raises(ValueError, match="compiled"):
+            method(torch.compile(model))
+    model.compile()
+    refuses("compiled", model)
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("layers is empty", {"layers": []}),
+        ("layers names .2., but the model has 2", {"layers": [0, 2]}),
+        ("layers names .-3.", {"layers": [-3]}),
+        (r"heads\[1\] names .4., but that layer has 4 heads", {"heads": {1: [0, 4]}}),
+        ("heads names layers .2.", {"heads": {2: [0]}}),
+        ("heads names layers .0. that layers= leaves out", {"layers": [1], "heads": {0: [1]}}),
+        ("unknown activation 'cubic'", {"activation": "cubic"}),
+        ("degree must be an integer", {"degree": 0}),
+        ('"sum" needs weights of one sign', {"normalization": "sum"}),
+        ('"sum" needs weights of one sign', {"config": PolyAttentionConfig(normalization="sum")}),
+        ("relative to each row's maximum", {"activation": "softmax", "normalization": "length"}),
+        ("the tiled form knows polynomials only", {"activation": "relu", "backend": "tiled"}),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(match, options):
+    model = tiny("gpt2")
+    before = traces(model)
+    refuses(match, model, **options)
+    assert traces(model) == before
+
+
+def test_unpatching_a_stock_model_is_refused():
+    with pytest.raises(ValueError, match="nothing to undo"):
+        unpatch_model(tiny("gpt2"))
+
+
+def test_versions_of_transformers_outside_the_tested_range_are_named():
+    for version in ("5.23.0", "5.23.0.dev0", "5.40.1"):
+        check_transformers(version)
+    for version in ("5.22.1", "6.0.0", "6.0.0.dev0"):
+        with pytest.raises(ImportError, match=f"transformers {version} is outside the range"):
+            check_transformers(version)
+
+
+def test_asking_a_stock_model_for_polyattn_is_refused():
+    model = tiny("gpt2")
+    model.set_attn_implementation("polyattn")
+    with pytest.raises(ValueError, match="never patched"):
+        output(model)
+
+
+# parts of a model
+
+
+def attention_of(model, layer):
+    return model.transformer.h[layer].attn
+
+
+def test_layers_that_are_left_out_compute_softmax():
+    stock = tiny("gpt2")
+    model = patch_model(copy.deepcopy(stock), layers=[0])
+    seen = {}
+    for layer in range(LAYERS):
+        hook = lambda m, args, out, layer=layer: seen.update({layer: (args[0], out[0])})  # noqa: E731
+        attention_of(model, layer).register_forward_hook(hook)
+    output(model)
+    length = seen[0][0].shape[1]
+    causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    for layer, softmax in ((0, False), (1, True)):
+        hidden, out = seen[layer]
+        expected = attention_of(stock, layer)(hidden, attention_mask=causal)[0]
+        assert torch.allclose(out, expected, atol=1e-10) == softmax
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_are_left_out_compute_softmax(family, masked):
+    model = patched_tiny(family, poly={"heads": {0: [1, 3], 1: [0]}})
+    for name, state in states(model).items():
+        module, chosen = model.get_submodule(name), list(state.chosen)
+        kv_heads = 2 if family == "llama" else HEADS
+        q = torch.randn(2, HEADS, 6, 8, dtype=torch.float64)
+        k, v = torch.randn(2, 2, kv_heads, 6, 8, dtype=torch.float64)
+        keep = torch.rand(2, 1, 6, 6) < 0.7
+        keep |= torch.eye(6, dtype=torch.bool)
+        out, weights = polyattn_attention(
+            module, q, k, v, keep if masked else None, scaling=0.3, output_attentions=True
+        )
+        if not masked:
+            keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+        k, v = (x.repeat_interleave(HEADS // kv_heads, 1) for x in (k, v))
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.3)
+        expected[:, chosen] = hf_polyattn.polynomial_attention(
+            q[:, chosen],
+            k[:, chosen],
+            v[:, chosen],
+            coefficients=state.coefficients,
+            alpha=state.alpha,
+            beta=state.beta,
+            gain=state.gain,
+            keep=keep,
+            scaling=0.3,
+        )
+        # the softmax of the definition divides by 1e-6 more than the sum
+        assert torch.allclose(out.transpose(1, 2), expected, atol=1e-5)
+        rest = [head for head in range(HEADS) if head not in chosen]
+        assert torch.allclose(weights[:, rest].sum(-1), torch.ones(()).double(), atol=1e-5)
+        fast, none = polyattn_attention(
+            module, q, k[:, :: HEADS // kv_heads], v[:, :: HEADS // kv_heads], keep, scaling=0.3
+        )
+        assert none is None
+        assert torch.allclose(fast.transpose(1, 2), expected, atol=1e-12)
+
+
+def test_state_of_a_part_holds_the_chosen_heads_only():
+    model = patch_model(tiny("llama"), learn_gain=True, heads={0: [1, 3]}, layers=[0])
+    (state,) = states(model).values()
+    assert state.coefficients.shape == (2, 4)
+    assert state.gain.shape == (2,)
+
+
+def test_naming_all_heads_is_naming_none():
+    model = patch_model(tiny("gpt2"), heads={0: range(HEADS)})
+    assert all(state.chosen is None for state in states(model).values())
+
+
+# other people's activations and architectures
+
+
+@pytest.fixture
+def silu():
+    hf_polyattn.register_activation("silu", lambda s, n: F.silu(s), defaults={"normalization": "length"})
+    yield
+    ACTIVATIONS.pop("silu")
+
+
+def test_registered_activation_works_end_to_end(silu, tmp_path):
+    model = patch_model(tiny("gpt2"), "silu", alpha=2.0)
+    assert model.config.polyattn["normalization"] == "length"
+    module = model.transformer.h[0].attn
+    q, k, v = torch.randn(3, 1, HEADS, 5, 8, dtype=torch.float64)
+    out, _ = polyattn_attention(module, q, k, v, None, scaling=0.3)
+    scores = (0.6 * q @ k.transpose(-1, -2)).tril()
+    weights = F.silu(scores) / torch.arange(1, 6)[:, None]
+    assert torch.allclose(out.transpose(1, 2), weights @ v, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    with pytest.raises(ValueError, match="already registered"):
+        hf_polyattn.register_activation("silu")
+    entry = ACTIVATIONS.pop("silu")
+    try:
+        with pytest.raises(ValueError, match="unknown activation 'silu'.*register_activation"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        ACTIVATIONS["silu"] = entry
+
+
+def test_bad_defaults_fail_at_registration():
+    with pytest.raises(ValueError, match="normalization"):
+        hf_polyattn.register_activation("bad", lambda s, n: s, defaults={"normalization": "L1"})
+    assert "bad" not in ACTIVATIONS
+
+
+def test_registered_architecture_works_end_to_end(tmp_path):
+    model = patched_tiny("mistral")
+    assert str(coverage(model)) == "poly: patched 2 of 2 attention modules (8 of 8 heads)"
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(reloaded).__name__ == "PolyMistralForCausalLM"
+    assert same_bits(reloaded, model)
+    with pytest.raises(ValueError, match="already registered"):
+        hf_polyattn.register_architecture("mistral", ["MistralAttention"])
+    with pytest.raises(ValueError, match="has no architecture 'mistrall'"):
+        hf_polyattn.register_architecture("mistrall", ["MistralAttention"])
+
+
+@pytest.mark.parametrize("activation", ["softmax", "relu", "sigmoid"])
+def test_baselines_are_what_the_literature_says(activation):
+    stock = tiny("llama")
+    model = patch_model(copy.deepcopy(stock), activation)
+    module = model.model.layers[0].self_attn
+    q, k, v = torch.randn(3, 1, HEADS, 5, 8, dtype=torch.float64)
+    out, _ = polyattn_attention(module, q, k[:, ::2], v[:, ::2], None, scaling=0.3)
+    k, v = (x[:, ::2].repeat_interleave(2, 1) for x in (k, v))
+    scores, lengths = 0.3 * q @ k.transpose(-1, -2), torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    weights = {
+        "softmax": scores.masked_fill(~causal, -torch.inf).softmax(-1),
+        "relu": scores.clamp(min=0).masked_fill(~causal, 0) / lengths,
+        "sigmoid": (scores - lengths.log()).sigmoid().masked_fill(~causal, 0),
+    }[activation]
+    assert torch.allclose(out.transpose(1, 2), weights @ v, atol=1e-12)
+    if activation == "softmax":
+        assert torch.allclose(output(model), output(stock), atol=1e-10)
+
+
+def test_softmax_with_a_gain_is_not_plain_softmax():
+    plain, doubled = (patch_model(tiny("gpt2"), "softmax", **o) for o in ({}, {"gain": 2.0}))
+    q, k, v = torch.randn(3, 1, HEADS, 5, 8, dtype=torch.float64)
+    one, two = (polyattn_attention(m.transformer.h[0].attn, q, k, v, None)[0] for m in (plain, doubled))
+    assert torch.allclose(2 * one, two, atol=1e-5)
+
+
+def test_initializer_range_of_the_host_gives_the_default_alpha():
+    wide = patch_model(
+        AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config("llama").to_dict() | {"initializer_range": 0.2}))
+    )
+    narrow = patch_model(tiny("llama", double=False))
+    a, b = (next(iter(states(m).values())).alpha[0].item() for m in (wide, narrow))
+    assert b / a == pytest.approx(100, rel=1e-4)
