@@ -12,7 +12,8 @@ from hf_polyattn.activations import get_activation
 from hf_polyattn.ops import attend, choose_form, polynomial_attention, tiles
 
 NORMALIZATIONS = ("sqrt_length", "length", "sum", "l1", "l2", "none", 14.0)
-PHIS = ("s^1", "s^2", "s^3", "s^4", "s^5", "s^6", "c^2", "c^3")
+# s: a monomial; a: a monomial of an affine score; c: coefficients of an affine score
+PHIS = ("s^1", "s^2", "s^3", "s^4", "s^5", "s^6", "a^2", "a^3", "c^2", "c^3")
 MASKS = ("full", "causal", "lengths", "window", "causal-window", "bool", "blocks", "no-rows", "left-padding", "all")
 # (B, H, Hk, T, S, D, Dv)
 SHAPES = {
@@ -25,6 +26,10 @@ SHAPES = {
     "1x257": (3, 4, 2, 1, 257, 4, 4),
     "257": (1, 1, 1, 257, 257, 3, 3),
 }
+
+
+def degree_of(phi: str) -> int | None:
+    return None if phi[0] == "c" else int(phi[2:])
 
 
 def refused(normalization: str | float, phi: str) -> bool:
@@ -77,11 +82,11 @@ def inputs(phi: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         "key": torch.randn(batch, key_heads, keys, dim),
         "value": torch.randn(batch, key_heads, keys, value_dim),
         "gain": 1 + torch.rand(heads),
-        "alpha": 0.5 + torch.rand(heads),
-        "beta": 0.1 * torch.randn(heads),
         "bias": torch.randn(1, heads, 1 if queries % 2 else queries, keys),
     }
-    if phi.startswith("c"):
+    if phi[0] in "ac":
+        out |= {"alpha": 0.5 + torch.rand(heads), "beta": 0.1 * torch.randn(heads)}
+    if phi[0] == "c":
         # positive, so that rows do not sum to nearly zero
         out["coefficients"] = 0.5 + torch.rand(heads, int(phi[2:]) + 1)
     return out
@@ -119,8 +124,7 @@ def test_output_and_gradients(normalization, phi, mask, shape):
     given = inputs(phi, SHAPES[shape])
     options = {"normalization": normalization, **masking(mask, batch, heads, queries, keys)}
     options["softcap"] = 5.0 if keys % 3 else None
-    if phi.startswith("s"):
-        options["degree"] = int(phi[2:])
+    options["degree"] = degree_of(phi)
     exact = run("naive", given, torch.float64, **options)
     for name, got in run("tiled", given, torch.float64, **options).items():
         assert error(got, exact[name]) < 1e-8, name
@@ -130,36 +134,34 @@ def test_output_and_gradients(normalization, phi, mask, shape):
         # Gradients that cancel are measured against elements of 0.05; of 1 for one key, whose normalized weight is 1.
         least = 0.05 if keys > 1 else 1.0
         same_dtype = error(rounded[name], exact[name], least)
-        assert same_dtype < 1e-4, name
+        assert same_dtype < 1e-3, name
         assert error(got, exact[name], least) < 3 * same_dtype + 2e-5, name
 
 
-@pytest.mark.parametrize("phi", ["s^1", "s^3", "c^3"])
+@pytest.mark.parametrize("phi", ["s^1", "s^3", "a^3", "c^3"])
 def test_real_tile_sizes(phi):
     """Long enough for several tiles of the size that is really used."""
     given = inputs(phi, (2, 2, 1, 300, 2300, 4, 3))
-    options = {"degree": int(phi[2:])} if phi.startswith("s") else {}
-    options |= {"is_causal": True, "keep": torch.rand(2, 1, 1, 2300) > 0.1}
+    options = {"degree": degree_of(phi), "is_causal": True, "keep": torch.rand(2, 1, 1, 2300) > 0.1}
     exact = run("naive", given, torch.float64, **options)
     for name, got in run("tiled", given, torch.float64, **options).items():
         assert error(got, exact[name]) < 1e-10, name
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("phi", ["s^1", "s^2", "s^5", "c^2", "c^3"])
+@pytest.mark.parametrize("phi", ["s^1", "s^2", "s^3", "s^5", "a^3", "c^2", "c^3"])
 def test_gradcheck(normalization, phi):
     if refused(normalization, phi):
         phi = "c^4"
     given = inputs(phi, (1, 2, 1, 4, 5, 2, 3))
     leaves = [x.double().requires_grad_() for x in given.values()]
-    degree = int(phi[2:]) if phi.startswith("s") else None
     keep = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
 
     def tiled(*tensors: torch.Tensor) -> torch.Tensor:
         named = dict(zip(given, tensors, strict=True))
         return polynomial_attention(
             **named,
-            degree=degree,
+            degree=degree_of(phi),
             normalization=normalization,
             keep=keep,
             is_causal=True,
@@ -243,15 +245,14 @@ def test_dropout_keeps_the_expected_share():
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("phi", ["s^2", "s^3", "c^2"])
+@pytest.mark.parametrize("phi", ["s^1", "s^2", "s^3", "c^2"])
 @pytest.mark.usefixtures("small_tiles")
 def test_dropout_backward_sees_the_mask_of_the_forward(normalization, phi):
     if refused(normalization, phi):
         phi = "s^4"
     shape = (2, 4, 2, 37, 70, 3, 5)
     given = {n: x.double().requires_grad_() for n, x in inputs(phi, shape).items()}
-    options = {"normalization": normalization, "is_causal": True}
-    options |= {"degree": int(phi[2:])} if phi.startswith("s") else {}
+    options = {"normalization": normalization, "is_causal": True, "degree": degree_of(phi)}
     factors = survivors(shape, 0.25, seed=3, is_causal=True)
     torch.manual_seed(3)
     out = polynomial_attention(**given, dropout=0.25, backend="tiled", **options)

@@ -23,6 +23,8 @@ for _name, _dtype in DTYPES.items():
     ENCODINGS[f"{_name} -inf"] = additive(-torch.inf, _dtype)
     ENCODINGS[f"{_name} finfo.min"] = additive(torch.finfo(_dtype).min, _dtype)
     ENCODINGS[f"{_name} -1e4"] = additive(-1e4, _dtype)
+    # bf16 rounds it to -9984, and a cast afterwards keeps that
+    ENCODINGS[f"{_name} -1e4 as fp32"] = additive(-1e4, _dtype).float()
 
 
 @pytest.mark.parametrize("mask", ENCODINGS.values(), ids=ENCODINGS.keys())

@@ -1,6 +1,6 @@
 """The definition of `naive.py` in plain torch and O(T) memory, tile by tile, with its own backward.
 
-Forward, with d_ij the dropout factor (1 without dropout) and z_i the row statistic, the only thing saved:
+Forward, with d_ij the dropout factor (1 without dropout) and z_i the row statistic, which is saved for the backward:
 
     s_ij = score            w_ij = keep_ij phi(s_ij)          o_i = 1/z_i sum_j d_ij w_ij v_j
     z_i  = sqrt(n_i) | n_i | eps + sum_j w_ij | eps + sum_j |w_ij| | sqrt(eps + sum_j w_ij^2) | constant
@@ -55,7 +55,8 @@ def tiled_attention(
 ) -> Tensor:
     """As `naive_attention` for phi(s) = s^degree, or sum_k c_k s^k with coefficients [H, p + 1]; no gain, no weights.
 
-    query [B, H, T, D], key [B, Hk, S, D], value [B, Hk, S, Dv] with any strides, read where they are.
+    query [B, H, T, D], key [B, Hk, S, D], value [B, Hk, S, Dv] with any strides: what is copied to be contiguous is a
+    block of rows, and the keys and values of the few heads at work.
 
     Returns:
         [B, H, T, Dv] in fp32 (fp64 for fp64 inputs), laid out in memory as the query is.

@@ -100,19 +100,16 @@ class TileMasks:
 
         The mask is broadcastable to [batches, query heads, rows, keys].
         """
-        anybody, everybody = self._classify(batches, heads, rows)
-        cell = 0
-        while cell < len(anybody):
-            first = cell
-            most = first + -(-self.tiling.columns // CELL)
-            while cell < min(most, len(anybody)) and (anybody[cell], everybody[cell]) == (
-                anybody[first],
-                everybody[first],
-            ):
-                cell += 1
-            if anybody[first]:
-                columns = slice(first * CELL, min(cell * CELL, self.keys))
-                yield columns, None if everybody[first] else self._mask(batches, heads, rows, columns)
+        cells = list(zip(*self._classify(batches, heads, rows), strict=True))
+        first, stop, most = 0, 0, -(-self.tiling.columns // CELL)
+        while first < len(cells):
+            while stop < min(first + most, len(cells)) and cells[stop] == cells[first]:
+                stop += 1
+            anybody, everybody = cells[first]
+            if anybody:
+                columns = slice(first * CELL, min(stop * CELL, self.keys))
+                yield columns, None if everybody else self._mask(batches, heads, rows, columns)
+            first = stop
 
     def _classify(self, batches: slice, heads: slice, rows: slice) -> tuple[list[bool], list[bool]]:
         """For each cell of keys: does any row of the block attend to any key of it, and all rows to all keys?"""
