@@ -1,0 +1,83 @@
+"""Adapters through PEFT: low rank on the projections, the attention's learned state trained and saved in full."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..models import PolyModelMixin
+from .arguments import LoraArguments
+
+ADAPTER = "adapter_model.safetensors"
+TARGETS = {
+    "gpt2": ["attn.c_attn", "attn.c_proj"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "bert": ["query", "key", "value", "attention.output.dense"],
+}
+"""Stock model type -> the attention projections that get an adapter."""
+
+
+def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArguments, folder: Path) -> PeftModel:
+    """`model` with adapters; a patched model is first saved to `folder`, and the adapter names that as its base.
+
+    An adapter whose base were the stock checkpoint would load, in silence, onto softmax.
+    Raises RuntimeError when learned attention state would be left out of training.
+    """
+    model_type = model.config.model_type.removeprefix("polyattn_")
+    targets = args.lora_target_modules or TARGETS.get(model_type)
+    if targets is None:
+        raise ValueError(f"no default LoRA targets for {model_type!r}: set lora_target_modules")
+    if isinstance(model, PolyModelMixin):
+        if accelerator.is_main_process:
+            model.save_pretrained(folder)
+        accelerator.wait_for_everyone()
+        model.name_or_path = str(folder)
+    learned = learned_state(model)
+    classifies = "ForSequenceClassification" in type(model).__name__
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=["polyattn"] if learned else None,
+        fan_in_fan_out=model_type == "gpt2",
+        task_type=TaskType.SEQ_CLS if classifies else None,
+    )
+    adapted = get_peft_model(model, config)
+    if missing := len(learned) - len(learned_state(adapted)):
+        raise RuntimeError(f"{missing} of {len(learned)} learned attention tensors would not be trained under PEFT")
+    return adapted
+
+
+def learned_state(model: nn.Module) -> list[str]:
+    """Names of the trainable parameters below `polyattn` modules."""
+    return [name for name, p in model.named_parameters() if ".polyattn." in name and p.requires_grad]
+
+
+def check_adapter(folder: Path, model: nn.Module) -> None:
+    """Raises RuntimeError when a saved adapter lacks learned attention state of `model`."""
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        saved = set(file.keys())
+    missing = [name for name in learned_state(model) if name.replace(".modules_to_save.default", "") not in saved]
+    if missing:
+        raise RuntimeError(f"{folder} lacks learned attention tensors: {missing[:3]}")
+
+
+def resume_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """`model`, the base, with the trainable adapters of a checkpoint."""
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def load_trained(auto_class: Any, folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint that a recipe wrote; adapters are merged into their base."""
+    if not (folder / ADAPTER).exists():
+        return auto_class.from_pretrained(folder)
+    base = auto_class.from_pretrained(
+        PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, dtype=torch.float32
+    )
+    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()

@@ -1,0 +1,111 @@
+"""The model of a recipe: built or loaded in fp32, then given its attention."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..activations import get_activation
+from ..initialization import start_scores
+from ..models import PolyModelMixin
+from ..patching import coverage, patch_model, unpatch_model
+from .arguments import AttentionArguments, ModelArguments
+
+
+def build_model(
+    auto_class: Any,
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    block_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    **values: Any,
+) -> PreTrainedModel:
+    """A model in fp32, its initial weights a function of the seed alone.
+
+    auto_class: AutoModelForCausalLM or a relative.
+    block_size: positions that a new model needs at least.
+    checkpoint: load this folder instead of what `args` says; used to resume.
+    values: further entries of the configuration, such as num_labels.
+    Raises ValueError when the tokenizer has more tokens, or block_size more positions, than the model.
+    """
+    set_seed(seed)
+    overrides = {**values, **args.config_overrides()}
+    if checkpoint is not None:
+        model = auto_class.from_pretrained(checkpoint, dtype=torch.float32)
+    elif args.model:
+        model = auto_class.from_pretrained(args.model, dtype=torch.float32, **overrides)
+    else:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = AutoConfig.for_model(args.model_type, **{"vocab_size": len(tokenizer), **special, **overrides})
+        if block_size and not {"max_position_embeddings", "n_positions"} & set(overrides):
+            config.max_position_embeddings = block_size
+        model = auto_class.from_config(config, dtype=torch.float32)
+        if args.score_spread is not None or args.score_mean is not None:
+            start_scores(model, spread=args.score_spread, mean=args.score_mean)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: use the model's own tokenizer")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if block_size and positions and block_size > positions:
+        raise ValueError(f"block_size {block_size} is more than the model's {positions} positions: lower it")
+    return model
+
+
+def replace_attention(
+    model: PreTrainedModel,
+    args: AttentionArguments,
+    batches: Iterable[Mapping[str, torch.Tensor]] = (),
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Patches `model` as `args` say, and says what was done; a checkpoint that is patched already stays what it is.
+
+    batches: model inputs to calibrate polynomials on; none: the analytic default. Activations that are not polynomials
+        keep the scalings of their literature.
+    device: where calibration runs.
+    """
+    options = args.options()
+    is_patched = isinstance(model, PolyModelMixin)
+    if args.activation is None and is_patched and not options:
+        print_once(f"the checkpoint's own attention: {coverage(model)}")
+        return model
+    activation = args.activation or "poly"
+    is_polynomial = get_activation(activation).is_polynomial
+    if not is_polynomial:
+        options = _options_of_a_twin(activation, options)
+    if activation == "softmax" and not options.get("qk_norm"):
+        model = unpatch_model(model) if is_patched else model
+        print_once(f"softmax: {type(model).__name__} stays a stock model ({model.config._attn_implementation})")
+        return model
+    batches = batches if is_polynomial else ()
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+    target = args.calibration_target or ("output_rms" if model.name_or_path else "frobenius")
+    home = model.device
+    model.to(device)
+    # the random state is that of a softmax twin afterwards, whatever calibration draws
+    with torch.random.fork_rng():
+        model = patch_model(model, activation, calibrate=batches or None, target=target, **options)
+    return model.to(home)
+
+
+def _options_of_a_twin(activation: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What is left for a baseline of a configuration that was written for a polynomial; says what is not."""
+    if activation == "softmax":
+        kept = {name: value for name, value in options.items() if name in ("qk_norm", "layers", "heads")}
+    else:
+        without = ("degree", "coefficients", "init_coefficients")
+        kept = {name: value for name, value in options.items() if name not in without}
+    if dropped := sorted(set(options) - set(kept)):
+        print_once(f"{activation} has no {', '.join(dropped)}: left out")
+    return kept
+
+
+def print_once(text: str) -> None:
+    """Prints on the main process, above a progress bar if there is one."""
+    if PartialState().is_main_process:
+        tqdm.write(text)

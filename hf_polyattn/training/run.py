@@ -1,0 +1,327 @@
+"""One training run: its folder, its steps with a progress bar, its metrics, its checkpoints, its results."""
+
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import Group, OptimizationArguments, RunArguments, as_yaml
+from .checkpoint import PARTIAL, find_last, load_state, prune, read_position, register_hooks, save_checkpoint
+from .lora import load_trained
+from .losses import Loss
+from .models import print_once
+from .nonfinite import NOT_REPEATABLE, REMEDY, NonFiniteError, find_nonfinite
+
+PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
+MAY_CHANGE = {
+    *("output_dir", "resume", "overwrite", "report_to", "push_to_hub", "hub_model_id", "hub_private"),
+    *("eval_steps", "eval_batch_size", "save_steps", "logging_steps", "num_workers"),
+}
+"""Arguments that may differ when a run is resumed: they do not enter the losses."""
+MAX_SKIPPED_STEPS = 25
+"""Steps in a row that fp16's gradient scaler may skip before the run is stopped."""
+
+
+def start_accelerator(optimization: OptimizationArguments, args: RunArguments) -> Accelerator:
+    """An Accelerator whose batches are global: batch_size does not grow with the number of processes.
+
+    Raises ValueError when the processes cannot share a batch evenly.
+    """
+    accelerator = Accelerator(
+        mixed_precision=optimization.mixed_precision,
+        # a step's micro batches are drawn before the first of them is computed, so the loader's end must not count
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=optimization.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
+        rng_types=[],
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        dynamo_backend="inductor" if optimization.torch_compile else None,
+    )
+    processes = accelerator.num_processes
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) != processes:
+        # happens with a multi-GPU configuration on a machine without GPUs: every process would train alone
+        raise RuntimeError(
+            f"{launched} processes were launched and accelerate joined {processes}: choose an accelerate "
+            "configuration for this machine, or set ACCELERATE_USE_CPU=true with torchrun"
+        )
+    for what, size in (("micro batch", optimization.micro_batch_size), ("eval_batch_size", args.eval_batch_size)):
+        if size % processes:
+            raise ValueError(f"{processes} processes cannot share a {what} of {size} sequences: use a multiple")
+    register_hooks(accelerator)
+    _speak(accelerator)
+    return accelerator
+
+
+def _speak(accelerator: Accelerator) -> None:
+    """What was patched and measured is printed once; progress bars of minor work only where somebody watches."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_polyattn").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+class Run:
+    """The state of one run.
+
+    first_step: steps that are done already. checkpoint: where to load the model from to go on, None for a new run.
+    best: best score so far. higher_is_better: for scores such as an accuracy; a loss otherwise.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: RunArguments, *groups: Group, higher_is_better: bool = False
+    ) -> None:
+        self.accelerator, self.args = accelerator, args
+        self.config_yaml = as_yaml(*groups, args)
+        self.sign = -1 if higher_is_better else 1
+        self.out = Path(args.output_dir)
+        self.checkpoint: Path | None = None
+        self.first_step = 0
+        self.best: float | None = None
+        self.seconds = 0.0
+        self.tokens = 0
+        self._skipped = 0
+        self._latest: dict[str, Any] = {}
+        self._open_folder()
+        if args.report_to != "none":
+            values = yaml.safe_load(self.config_yaml)
+            accelerator.init_trackers("hf_polyattn", {k: v if _is_scalar(v) else str(v) for k, v in values.items()})
+
+    def _open_folder(self) -> None:
+        args, out = self.args, self.out
+        if args.overwrite and args.resume:
+            raise ValueError("resume and overwrite exclude each other")
+        self.checkpoint = find_last(out) if not args.overwrite else None
+        if self.checkpoint is not None and not args.resume:
+            raise FileExistsError(f"{out} holds a run already: pass --resume, --overwrite or another --output_dir")
+        if self.checkpoint is not None:
+            self._read_checkpoint(self.checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if args.overwrite:
+                _remove_run(out)
+            out.mkdir(parents=True, exist_ok=True)
+            if self.checkpoint is not None:
+                prune(out)
+            self._cut_metrics()
+        self.accelerator.wait_for_everyone()
+
+    def _read_checkpoint(self, folder: Path) -> None:
+        old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        new = yaml.safe_load(self.config_yaml)
+        changed = sorted(k for k in {*old, *new} - MAY_CHANGE if old.get(k) != new.get(k))
+        if changed:
+            differences = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+            raise ValueError(f"{folder} cannot be resumed with other arguments ({differences}): losses would differ")
+        position = read_position(folder)
+        self.first_step, self.best = position["step"], position["best"]
+        self.seconds, self.tokens, self._latest = position["seconds"], position["tokens"], position["latest"]
+        print_once(f"resuming from step {self.first_step} in {folder}")
+
+    def _cut_metrics(self) -> None:
+        """Drops the lines of steps that will be done again."""
+        path = self.out / "metrics.jsonl"
+        if not path.exists():
+            return
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # the last line of a killed process may be cut
+            if line.endswith("}") and json.loads(line)["step"] <= self.first_step:
+                lines.append(line + "\n")
+        aside = path.with_name(path.name + PARTIAL)
+        aside.write_text("".join(lines), encoding="utf-8")
+        aside.replace(path)
+
+    def load_state(self) -> None:
+        """Optimizer and random states of the checkpoint, if there is one; call it after `accelerator.prepare`."""
+        if self.checkpoint is not None:
+            load_state(self.accelerator, self.checkpoint)
+
+    def steps(self, loader: Iterable[Any], total_steps: int) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
+        """(step, its micro batches on this process) for each step left, counted from 1, with a progress bar."""
+        parts = self.accelerator.gradient_accumulation_steps
+        batches = iter(loader)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=self.first_step,
+            disable=not self.accelerator.is_main_process,
+            # a log file gets a line now and then, not ten each second
+            mininterval=0.1 if terminal else 30,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        with self._bar:
+            for step in range(self.first_step + 1, total_steps + 1):
+                self._mark = time.perf_counter()
+                micro_batches = list(itertools.islice(batches, parts))
+                if len(micro_batches) < parts:
+                    raise RuntimeError(f"the data ended in step {step} of {total_steps}")
+                yield step, micro_batches
+                self._bar.update()
+
+    def check_finite(
+        self, step: int, loss: torch.Tensor, norm: torch.Tensor, model: nn.Module, batches: list[dict], loss_of: Loss
+    ) -> None:
+        """Call it before the optimizer's step.
+
+        Raises NonFiniteError when the loss or the gradient's norm, equal on all processes, is not a number. Under fp16
+        a gradient may overflow now and then: the scaler skips that step; MAX_SKIPPED_STEPS in a row are an error.
+        """
+        finite = torch.isfinite(torch.stack([loss.detach().float(), norm.detach().float()])).tolist()
+        self._skipped = self._skipped + 1 if not finite[1] else 0
+        if all(finite) or (finite[0] and self.accelerator.scaler is not None and self._skipped < MAX_SKIPPED_STEPS):
+            return
+        what = "gradient norm" if finite[0] else "loss"
+        value = norm if finite[0] else loss
+        with self.accelerator.autocast():
+            place = find_nonfinite(self.accelerator.unwrap_model(model, keep_torch_compile=False), batches, loss_of)
+        # only the process that holds the bad example finds it
+        place = next((found for found in gather_object([place]) if found), NOT_REPEATABLE)
+        last = self.out / "last"
+        kept = f"The last good checkpoint is {last.resolve()}" if last.exists() else "No checkpoint was written yet"
+        raise NonFiniteError(f"step {step}: the {what} is {value.item()}; first seen in {place}. {REMEDY}. {kept}")
+
+    def log(self, step: int, tokens: int, **values: float) -> None:
+        """One line of metrics.jsonl and of the tracker; `tokens` is what the step has read."""
+        seconds = time.perf_counter() - self._mark
+        self.seconds += seconds
+        self.tokens += tokens
+        values = {name: float(value) for name, value in values.items()}
+        self._latest = {**self._latest, **values}
+        rate = tokens / seconds
+        self._bar.set_postfix({"loss": f"{values['loss']:.4f}", "tokens/s": f"{rate:,.0f}"}, refresh=False)
+        if step % self.args.logging_steps == 0:
+            more = {"tokens": self.tokens, "tokens_per_second": rate, "seconds": self.seconds, "peak_mib": peak_mib()}
+            self._write(step, {**values, **more})
+
+    def log_evaluation(self, step: int, **values: float) -> None:
+        """Like `log`, for values on the validation data."""
+        values = {name: float(value) for name, value in values.items()}
+        self._latest = {**self._latest, **values}
+        self._write(step, values)
+        print_once(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def is_due(self, every: int, step: int, total_steps: int) -> bool:
+        """Whether something that happens every `every` steps, and at the end, happens after `step`."""
+        return step == total_steps or (every > 0 and step % every == 0)
+
+    def save(
+        self, step: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, score: float | None = None
+    ) -> None:
+        """A checkpoint, which becomes `last`, and `best` if `score` is the best so far. All processes must call it."""
+        best = self.is_best(score)
+        if best:
+            self.best = score
+        position = {
+            "step": step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "latest": self._latest,
+        }
+        save_checkpoint(self.out, self.accelerator, model, tokenizer, position, self.config_yaml, best)
+
+    def is_best(self, score: float | None) -> bool:
+        """Whether `score` beats all before it; None, no evaluation, does not."""
+        return score is not None and (self.best is None or self.sign * score < self.sign * self.best)
+
+    def finish(
+        self, auto_class: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, **values: Any
+    ) -> dict[str, Any]:
+        """Writes OUT/results.json, publishes the best checkpoint if asked, and returns what results.json holds."""
+        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        settings = getattr(bare.config, "polyattn", None)
+        results = {
+            **self._latest,
+            "best": self.best,
+            **values,
+            "attention": settings or "softmax",
+            "parameters": sum(p.numel() for p in bare.parameters()),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
+            "peak_mib": peak_mib(),
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "device": device_name(self.accelerator.device),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "command": shlex.join(sys.argv),
+            "arguments": yaml.safe_load(self.config_yaml),
+        }
+        if self.accelerator.is_main_process:
+            (self.out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+            if self.args.push_to_hub:
+                self._push(auto_class, tokenizer)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        print_once(f"saved: {self.out / 'best'} and {self.out / 'last'}; summary: {self.out / 'results.json'}")
+        return results
+
+    def _push(self, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Publishes what was saved, adapters merged into their base, so that it loads by itself."""
+        name = self.args.hub_model_id or self.out.resolve().name
+        model = load_trained(auto_class, self.out / "best")
+        model.push_to_hub(name, private=self.args.hub_private)
+        tokenizer.push_to_hub(name, private=self.args.hub_private)
+
+
+def peak_mib() -> float:
+    """Largest memory so far, in MiB: of the GPU's allocator where there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _remove_run(out: Path) -> None:
+    """Deletes what a run writes, and nothing else that may lie in the folder."""
+    for link in (out / "last", out / "best"):
+        link.unlink(missing_ok=True)
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in ("metrics.jsonl", "results.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))

@@ -1,0 +1,92 @@
+"""Two tokenizers that need no files, and the door to all others. Saved with a model, each reloads by AutoTokenizer."""
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|pad|>",
+    "unk_token": "<|unknown|>",
+    "cls_token": "<|cls|>",
+    "sep_token": "<|sep|>",
+    "mask_token": "<|mask|>",
+}
+"""Appended after the plain vocabulary, in this order, where a job asks for them."""
+
+
+def load_tokenizer(
+    name: str, texts: Iterable[str] = (), special_tokens: Iterable[str] = ("eos_token", "pad_token")
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe.
+
+    name: "bytes", "chars", a folder or a Hub name.
+    texts: what "chars" takes its characters from.
+    special_tokens: keys of SPECIAL_TOKENS that "bytes" and "chars" get, and that any other must have.
+    Raises ValueError when a loaded tokenizer lacks a special token that cannot be replaced.
+    """
+    names = list(special_tokens)
+    if name == "bytes":
+        return byte_tokenizer(names)
+    if name == "chars":
+        return char_tokenizer(texts, names)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        # GPT-2 and its like were trained without padding; padded positions carry no loss, so the token does not matter
+        tokenizer.pad_token = tokenizer.eos_token
+    if missing := [token for token in names if getattr(tokenizer, token, None) is None]:
+        raise ValueError(
+            f"tokenizer {name!r} has no {', '.join(missing)}, which this recipe needs: choose another one"
+        )
+    return tokenizer
+
+
+def byte_tokenizer(special_tokens: Iterable[str] = ("eos_token", "pad_token")) -> PreTrainedTokenizerFast:
+    """Token i is byte i of the UTF-8 text; special tokens follow from 256 on."""
+    # the printable stand-in for each byte, in the order in which GPT-2 assigns them
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    stand_in = {byte: chr(byte) for byte in plain}
+    others = [byte for byte in range(256) if byte not in stand_in]
+    stand_in.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    tokenizer = Tokenizer(models.BPE({stand_in[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finish(tokenizer, special_tokens)
+
+
+def char_tokenizer(texts: Iterable[str], special_tokens: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Token i is the i-th of the sorted characters of `texts`. A character that is not among them is an error.
+
+    With "unk_token" among the special tokens such a character becomes that token instead.
+    """
+    special_tokens = list(special_tokens)
+    characters = sorted(set().union(*texts))
+    if not characters:
+        raise ValueError("a character tokenizer needs text to take its characters from, and got none")
+    unknown = SPECIAL_TOKENS["unk_token"] if "unk_token" in special_tokens else None
+    words = [*characters, unknown] if unknown else characters
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _finish(tokenizer, special_tokens)
+
+
+def _finish(tokenizer: Tokenizer, special_tokens: Iterable[str]) -> PreTrainedTokenizerFast:
+    special = {name: SPECIAL_TOKENS[name] for name in special_tokens}
+    tokenizer.add_special_tokens(list(special.values()))
+    if {"cls_token", "sep_token"} <= set(special):
+        cls, sep = special["cls_token"], special["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_input_names=_inputs(special), **special
+    )
+
+
+def _inputs(special: dict[str, str]) -> list[str]:
+    pairs = ["token_type_ids"] if "sep_token" in special else []
+    return ["input_ids", *pairs, "attention_mask"]

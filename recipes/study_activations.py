@@ -1,0 +1,179 @@
+"""Tiny Shakespeare, character level, 0.8M parameters: every activation under one recipe, several seeds.
+
+    python recipes/study_activations.py --data tinyshakespeare.txt --seeds 1337 1 2 3 4 --only softmax poly
+    python recipes/study_activations.py --data tinyshakespeare.txt --seeds 1337 1 2
+
+Each run is `pretrain_causal_lm.py` with `configs/pretrain_causal_lm/shakespeare_char_0.8m.yaml` and nothing changed
+but what its row says, so the softmax twins get the same tokens, steps and learning rates. Finished runs are kept in
+the csv and not run again; the table and the figure are drawn from the csv. One run takes about 4 minutes on one CPU
+core.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
+RESULTS = HERE / "results"
+
+# name -> (what the table says, changes to the recipe)
+VARIANTS: dict[str, tuple[str, str]] = {
+    "softmax": ("softmax", "--activation softmax"),
+    "poly": ("degree 3, defaults", "--activation poly"),
+    "softmax-qk": ("softmax, QK-norm", "--activation softmax --qk_norm true"),
+    "poly-qk": ("degree 3, defaults, QK-norm", "--activation poly --qk_norm true"),
+    "monomial": ("s^3/sqrt(n) as published", "--activation monomial --calibrate_batches 0"),
+    "monomial-calibrated": ("s^3, calibrated", "--activation monomial"),
+    "monomial-gain": ("s^3, calibrated, learnable gain", "--activation monomial --learn_gain true"),
+    "degree-1": ("degree 1, coefficients", "--activation poly --degree 1"),
+    "degree-2": ("degree 2, coefficients", "--activation poly --degree 2"),
+    "degree-4": ("degree 4, coefficients", "--activation poly --degree 4"),
+    "length": ("degree 3, length", "--activation poly --normalization length"),
+    "l1": ("degree 3, l1", "--activation poly --normalization l1"),
+    "l2": ("degree 3, l2", "--activation poly --normalization l2"),
+    "relu": ("relu / n", "--activation relu"),
+    "sigmoid": ("sigmoid(s - log n)", "--activation sigmoid"),
+}
+
+
+def run(name: str, seed: int, data: str, output: Path) -> dict[str, object]:
+    """One training run in a process of its own; its row of the csv."""
+    import json
+
+    changes = VARIANTS[name][1].split()
+    arguments = [
+        str(CONFIG),
+        "--dataset",
+        data,
+        "--seed",
+        str(seed),
+        "--output_dir",
+        str(output),
+        "--overwrite",
+        *changes,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = output.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, str(HERE / "pretrain_causal_lm.py"), *arguments],
+            stdout=file,
+            stderr=file,
+            env=environment,
+        )
+    if done.returncode:
+        sys.exit(f"{name}, seed {seed} failed: see {log}")
+    results = json.loads((output / "results.json").read_text())
+    command = " ".join(["python recipes/pretrain_causal_lm.py", CONFIG.name, *changes, "--seed", str(seed)])
+    return {
+        "variant": name,
+        "seed": seed,
+        "validation_loss": round(results["validation_loss"], 4),
+        "seconds": round(results["seconds"]),
+        "torch": results["versions"]["torch"],
+        "transformers": results["versions"]["transformers"],
+        "hf_polyattn": results["versions"]["hf-polyattn"],
+        "device": f"{platform.machine()} CPU, 1 thread",
+        "command": command,
+    }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, object]) -> None:
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: mean, spread and the difference to the softmax twin on the same seeds."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in rows:
+        losses.setdefault(row["variant"], {})[row["seed"]] = float(row["validation_loss"])
+    lines = [
+        "| attention | validation loss, mean ± standard deviation | minus softmax, same seeds | seeds |",
+        "|---|---|---|---|",
+    ]
+    for name, (label, _) in VARIANTS.items():
+        if name not in losses:
+            continue
+        values = losses[name]
+        twin = losses.get("softmax-qk" if name.endswith("-qk") else "softmax", {})
+        paired = [value - twin[seed] for seed, value in values.items() if seed in twin]
+        spread = f" ± {statistics.stdev(values.values()):.4f}" if len(values) > 1 else ""
+        difference = f"{statistics.mean(paired):+.4f}" if paired else ""
+        lines.append(f"| {label} | {statistics.mean(values.values()):.4f}{spread} | {difference} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """One row of dots a variant, a bar at its mean, softmax's mean as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)][::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.35 * len(names) + 1.2), layout="constrained")
+    for height, name in enumerate(names):
+        values = [float(row["validation_loss"]) for row in rows if row["variant"] == name]
+        color = "tab:gray" if name.startswith("softmax") else "tab:blue"
+        axes.plot(values, [height] * len(values), "o", color=color, alpha=0.6, markersize=5)
+        axes.plot([statistics.mean(values)] * 2, [height - 0.3, height + 0.3], color=color, linewidth=2)
+    softmax = [float(row["validation_loss"]) for row in rows if row["variant"] == "softmax"]
+    if softmax:
+        axes.axvline(statistics.mean(softmax), color="tab:gray", linestyle="--", linewidth=1, label="mean of softmax")
+        axes.legend(loc="lower right", frameon=False)
+    axes.set_yticks(range(len(names)), [VARIANTS[name][0] for name in names])
+    axes.set_xlabel("validation loss (nats per character); dots: seeds, bar: mean")
+    axes.set_title("Tiny Shakespeare, GPT-2 of 0.8M parameters, 2000 steps", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="the text of tiny Shakespeare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study_activations"), help="folder of the checkpoints")
+    parser.add_argument("--out", type=Path, default=RESULTS / "shakespeare_activations.csv")
+    args = parser.parse_args()
+    have = {(row["variant"], int(row["seed"])) for row in read(args.out)}
+    # seed by seed, so that an interrupted study compares all its variants on the same seeds
+    todo = [(name, seed) for seed in args.seeds for name in args.only if (name, seed) not in have]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(run, name, seed, args.data, args.runs / f"{name}-{seed}") for name, seed in todo]
+        for future in tqdm(runs, desc="runs"):
+            append(args.out, future.result())
+    rows = read(args.out)
+    text = table(rows)
+    args.out.with_suffix(".md").write_text(text + "\n")
+    draw(rows, args.out.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

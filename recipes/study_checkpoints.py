@@ -1,0 +1,179 @@
+"""Small real checkpoints, patched and fine-tuned beside their softmax twins: equal data, steps and learning rates.
+
+    python recipes/study_checkpoints.py sort --checkpoint gpt-nano-sort
+    python recipes/study_checkpoints.py stories --checkpoint stories260k
+    python recipes/study_checkpoints.py sentiment --checkpoint all-MiniLM-L6-v2 --data rt-polarity.csv
+
+sort: a trained minGPT that sorts six letters out of three; all 729 inputs are tried. stories: a LLaMA of 260k
+parameters, fine-tuned on stories that the untouched model wrote itself; loss on held-out ones. sentiment: MiniLM
+(BERT) on movie reviews. Rows go to results/checkpoints.csv; finished ones are not run again.
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import finetune_causal_lm
+import finetune_classifier
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).parent
+TWINS = {"softmax": ["--activation", "softmax"], "cubic": ["--activation", "poly", "--degree", "3"]}
+LETTERS, LENGTH = "012", 6
+
+
+def sort_data(folder: Path, checkpoint: str) -> list[str]:
+    """Prompts of six letters and their sorted order; every input appears, as it did in minGPT's own training."""
+    path = folder / "sort.jsonl"
+    with path.open("w") as file:
+        for letters in itertools.product(LETTERS, repeat=LENGTH):
+            row = {"prompt": "".join(letters), "completion": "".join(sorted(letters))}
+            file.write(json.dumps(row) + "\n")
+    return [
+        *(
+            "--dataset",
+            str(path),
+            "--validation_dataset",
+            str(path),
+            "--prompt_column",
+            "prompt",
+            "--tokenizer",
+            "chars",
+        ),
+        *("--block_size", str(2 * LENGTH - 1), "--batch_size", "64", "--max_steps", "1500", "--learning_rate", "5e-4"),
+        *("--warmup_steps", "50", "--eval_steps", "500", "--eval_batch_size", "256"),
+    ]
+
+
+def sort_score(checkpoint: Path) -> dict[str, float]:
+    """How many of the 729 inputs the model sorts, by greedy decoding."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    prompts = torch.tensor(list(itertools.product(range(3), repeat=LENGTH)))
+    tokens = prompts
+    with torch.no_grad():
+        for _ in range(LENGTH):
+            tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return {"sorted_of_729": int((tokens[:, LENGTH:] == prompts.sort(dim=1).values).all(dim=1).sum())}
+
+
+def stories_data(folder: Path, checkpoint: str) -> list[str]:
+    """Stories sampled from the untouched model at temperature 1, one a row."""
+    path = folder / "stories.jsonl"
+    if not path.exists():
+        torch.manual_seed(0)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(checkpoint).eval(),
+            AutoTokenizer.from_pretrained(checkpoint),
+        )
+        with path.open("w") as file:
+            for _ in tqdm(range(16), desc="sampling stories"):
+                start = torch.full((96, 1), tokenizer.bos_token_id)
+                sampled = model.generate(
+                    start, do_sample=True, temperature=1.0, top_k=0, max_length=257, pad_token_id=0
+                )
+                for text in tokenizer.batch_decode(sampled, skip_special_tokens=True):
+                    file.write(json.dumps({"text": text}) + "\n")
+    return [
+        *("--dataset", str(path), "--validation_fraction", "0.1", "--block_size", "256", "--batch_size", "16"),
+        *("--max_steps", "600", "--learning_rate", "1e-3", "--warmup_steps", "50", "--eval_steps", "200"),
+    ]
+
+
+def sentiment_data(folder: Path, data: str) -> list[str]:
+    return [
+        *("--dataset", data, "--text_column", "text", "--label_column", "label", "--validation_fraction", "0.1"),
+        *("--batch_size", "32", "--epochs", "1", "--learning_rate", "1e-4", "--warmup_steps", "30"),
+    ]
+
+
+# task -> (recipe, data and settings, score of the checkpoint beside the recipe's own numbers, the number to compare)
+TASKS: dict[str, tuple[Callable[..., dict], Callable[..., list[str]], Callable[[Path], dict] | None, str]] = {
+    "sort": (finetune_causal_lm.main, sort_data, sort_score, "sorted_of_729"),
+    "stories": (finetune_causal_lm.main, stories_data, None, "validation_loss"),
+    "sentiment": (finetune_classifier.main, sentiment_data, None, "accuracy"),
+}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@contextlib.contextmanager
+def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes rows as they come, so that an interrupted study keeps what it has."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+
+        def write(row: dict[str, Any]) -> None:
+            writer = csv.DictWriter(file, list(row))
+            if is_new and file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+
+        yield write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
+    parser.add_argument("--data", help="sentiment: csv with the columns text and label")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/study_checkpoints"), help="folder of checkpoints and data"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "checkpoints.csv")
+    args = parser.parse_args()
+    recipe, prepare, score, metric = TASKS[args.task]
+    if args.task == "sentiment" and not args.data:
+        parser.error("sentiment needs --data, a csv with the columns text and label")
+    args.runs.mkdir(parents=True, exist_ok=True)
+    settings = prepare(args.runs, args.data or args.checkpoint)
+    have = {(row["task"], row["attention"], row["seed"]) for row in rows_of(args.out)}
+    with appended(args.out) as write:
+        for seed, (name, twin) in itertools.product(args.seeds, TWINS.items()):
+            if (args.task, name, str(seed)) in have:
+                continue
+            output = args.runs / f"{args.task}-{name}-{seed}"
+            changes = [*settings, *twin, "--seed", str(seed)]
+            results = recipe(["--model", args.checkpoint, *changes, "--output_dir", str(output), "--overwrite"])
+            if score is not None:
+                results |= score(output / "last")
+            shown = [Path(word).name if word.startswith("/") else word for word in changes]
+            write(
+                {
+                    "task": args.task,
+                    "attention": name,
+                    "seed": seed,
+                    "metric": metric,
+                    "value": round(results[metric], 4),
+                    "seconds": round(results["seconds"]),
+                    "torch": results["versions"]["torch"],
+                    "transformers": results["versions"]["transformers"],
+                    "hf_polyattn": results["versions"]["hf-polyattn"],
+                    "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+                    "command": f"--model {Path(args.checkpoint).name} " + " ".join(shown),
+                }
+            )
+    for name in TWINS:
+        values = [float(r["value"]) for r in rows_of(args.out) if (r["task"], r["attention"]) == (args.task, name)]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{args.task}, {name}: {metric} {statistics.mean(values):.4f}{spread} over {len(values)} seeds")
+
+
+if __name__ == "__main__":
+    main()

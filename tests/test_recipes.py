@@ -1,0 +1,267 @@
+"""Each recipe end to end with its debug configuration: what it writes, what reloads, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from recipe_runs import RECIPES, debug_config, metrics, recipe, run_recipe, write_text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_polyattn import coverage
+from hf_polyattn.training.nonfinite import NonFiniteError
+from hf_polyattn.training.run import MAX_SKIPPED_STEPS
+
+SHORT = ["--max_steps", 4, "--eval_steps", 2, "--save_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A polynomial GPT-2 and its results, from the debug configuration as it is."""
+    out = tmp_path_factory.mktemp("pretrained")
+    return out, run_recipe("pretrain_causal_lm", out)
+
+
+def test_pretraining_learns_and_tells(pretrained):
+    out, results = pretrained
+    losses = metrics(out)
+    assert list(losses) == list(range(1, 21))
+    assert losses[20] < losses[1] - 0.3
+    assert results == json.loads((out / "results.json").read_text())
+    assert results["validation_loss"] == metrics(out, "validation_loss")[20]
+    assert results["attention"]["activation"] == "poly"
+    assert results["tokens"] == 20 * 8 * 64
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["seed"] == results["arguments"]["seed"] == 1337
+    for name in ("learning_rate", "gradient_norm", "epoch", "tokens_per_second", "seconds", "peak_mib"):
+        assert list(metrics(out, name)) == list(losses)
+        assert min(metrics(out, name).values()) > 0
+
+
+def test_checkpoint_reloads_with_auto_classes(pretrained):
+    out, results = pretrained
+    model = AutoModelForCausalLM.from_pretrained(out / "best")
+    assert str(coverage(model)).startswith("poly: patched 2 of 2")
+    tokenizer = AutoTokenizer.from_pretrained(out / "best")
+    assert tokenizer("import os")["input_ids"] == list(b"import os")
+    inputs = tokenizer("def ", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=5, do_sample=False)[0])
+    assert text.startswith("def ")
+
+
+def test_twins_differ_in_attention_only(tmp_path):
+    results = run_recipe("pretrain_causal_lm", tmp_path, *SHORT, "--activation", "softmax")
+    assert results["attention"] == "softmax"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "last")
+    assert type(model).__name__ == "GPT2LMHeadModel"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--activation", "monomial", "--learn_gain", "--qk_norm", "--calibrate_batches", 0],
+        ["--activation", "relu", "--mixed_precision", "bf16"],
+        [
+            "--model_type",
+            "llama",
+            "--model_config",
+            "{num_hidden_layers: 1, num_attention_heads: 2, hidden_size: 16, intermediate_size: 16}",
+            "--tokenizer",
+            "chars",
+        ],
+        ["--activation", "sigmoid", "--gradient_checkpointing", "--num_workers", 1],
+    ],
+    ids=["monomial", "relu bf16", "llama chars", "sigmoid checkpointing"],
+)
+def test_options(tmp_path, extra):
+    from accelerate.state import AcceleratorState
+
+    # precision belongs to the process; runs of other precision came before in this one
+    AcceleratorState._reset_state()
+    results = run_recipe("pretrain_causal_lm", tmp_path, *SHORT, *extra)
+    AcceleratorState._reset_state()
+    assert results["loss"] < 6
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    for name, extra in (("plain", []), ("checkpointing", ["--gradient_checkpointing"])):
+        run_recipe("pretrain_causal_lm", tmp_path / name, *SHORT, *extra)
+    assert metrics(tmp_path / "plain") == pytest.approx(metrics(tmp_path / "checkpointing"), rel=1e-6)
+
+
+def test_masked_lm(tmp_path):
+    run_recipe("pretrain_masked_lm", tmp_path)
+    losses = metrics(tmp_path, "validation_loss")
+    assert losses[20] < losses[10]
+    assert "patched 2 of 2" in str(coverage(AutoModelForMaskedLM.from_pretrained(tmp_path / "best")))
+    assert AutoTokenizer.from_pretrained(tmp_path / "best").mask_token_id is not None
+
+
+def test_fine_tuning_goes_on_from_a_polynomial_checkpoint(pretrained, tmp_path):
+    out, _ = pretrained
+    results = run_recipe("finetune_causal_lm", tmp_path, "--model", out / "best")
+    losses = metrics(tmp_path, "validation_loss")
+    assert losses[10] < losses[0]
+    assert results["attention"]["activation"] == "poly"
+
+
+def test_prompts_carry_no_loss(tmp_path):
+    """The loss goes to 0 although the letters of the prompts are random."""
+    base = tmp_path / "base"
+    run_recipe("pretrain_causal_lm", base, "--max_steps", 1, "--activation", "softmax")
+    rows = tmp_path / "rows.jsonl"
+    noise = torch.randint(97, 123, (200, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    rows.write_text("".join(json.dumps({"q": bytes(n).decode(), "a": "!"}) + "\n" for n in noise))
+    results = run_recipe(
+        *("finetune_causal_lm", tmp_path / "out", "--model", base / "last", "--dataset", rows, "--prompt_column", "q"),
+        *("--completion_column", "a", "--max_steps", 60, "--learning_rate", 2e-2, "--eval_steps", 0),
+    )
+    # the loss of random letters is log 26 = 3.3
+    assert results["validation_loss"] < 0.1
+    assert results["attention"]["activation"] == "poly"
+
+
+def test_classifier_learns_code_from_comments(tmp_path):
+    results = run_recipe(
+        *("finetune_classifier", tmp_path, "--max_steps", 60, "--eval_steps", 20),
+        *("--activation", "softmax", "--seed", 1),
+    )
+    accuracy = metrics(tmp_path, "accuracy")
+    assert results["best"] == max(accuracy.values()) > 0.62
+    best = max(accuracy, key=accuracy.get)
+    assert (tmp_path / "best").resolve().name == f"checkpoint-{best:06d}"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "best")
+    assert model.config.id2label == {0: "0", 1: "1"}
+
+
+def test_classifier_of_pairs_with_named_classes(tmp_path):
+    data = tmp_path / "pairs.csv"
+    rows = [(f"w{i % 7}", f"w{j % 7}", "same" if i % 7 == j % 7 else "other") for i in range(9) for j in range(9)]
+    data.write_text("".join(",".join(row) + "\n" for row in rows))
+    run_recipe(
+        *("finetune_classifier", tmp_path / "out", *SHORT, "--dataset", data, "--column_names", "a", "b", "kind"),
+        *("--text_column", "a", "--pair_column", "b", "--label_column", "kind", "--lora_r", 2),
+    )
+    from hf_polyattn.training.lora import load_trained
+
+    model = load_trained(AutoModelForSequenceClassification, tmp_path / "out" / "last")
+    assert model.config.label2id == {"other": 0, "same": 1}
+    with pytest.raises(ValueError, match=r"no column \['kid'\]"):
+        run_recipe(
+            "finetune_classifier", tmp_path / "x", "--dataset", data, "--label_column", "kid", "--text_column", "w0"
+        )
+
+
+def test_regression(tmp_path):
+    data = tmp_path / "values.jsonl"
+    data.write_text("".join(json.dumps({"text": "a" * (i % 9 + 1), "label": i % 9 / 4}) + "\n" for i in range(90)))
+    results = run_recipe("finetune_classifier", tmp_path / "out", *SHORT, "--dataset", data, "--regression")
+    assert set(metrics(tmp_path / "out", "spearman")) == {2, 4}
+    assert results["mean_squared_error"] == pytest.approx(results["validation_loss"], rel=1e-5)
+
+
+def test_run_that_blows_up_stops_with_place_and_remedy(tmp_path):
+    with pytest.raises(NonFiniteError) as error:
+        run_recipe(
+            *("pretrain_causal_lm", tmp_path, "--activation", "monomial", "--calibrate_batches", 0, "--degree", 9),
+            *("--learning_rate", 1e5, "--warmup_steps", 3, "--eval_steps", 0, "--save_steps", 1, "--max_grad_norm", 0),
+        )
+    message = str(error.value)
+    step = int(message.split()[1].rstrip(":"))
+    assert "transformer." in message
+    assert "lower learning_rate" in message
+    # the checkpoint of the step before is whole and finite
+    assert (tmp_path / "last").resolve().name == f"checkpoint-{step - 1:06d}"
+    assert str((tmp_path / "last").resolve()) in message
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "last")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert max(metrics(tmp_path)) == step - 1
+    assert MAX_SKIPPED_STEPS > 1
+
+
+def test_script_ends_with_an_exit_code(tmp_path):
+    """The documented command in a process of its own: it must fail aloud."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(RECIPES / "pretrain_causal_lm.py"), debug_config("pretrain_causal_lm")),
+            *("--output_dir", str(tmp_path), "--dataset", str(write_text(tmp_path)), "--learning_rate", "1e30"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert "NonFiniteError: step" in done.stderr
+
+
+def test_compiled_model_is_saved_under_its_own_names(tmp_path, monkeypatch):
+    """As `--torch_compile`, with a backend that needs no compiler."""
+    from accelerate.state import AcceleratorState
+
+    arguments = [*SHORT, "--model_config.n_layer", 1, "--activation", "softmax"]
+    run_recipe("pretrain_causal_lm", tmp_path / "plain", *arguments)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state()
+    run_recipe("pretrain_causal_lm", tmp_path / "compiled", *arguments)
+    AcceleratorState._reset_state()
+    assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "plain"), rel=1e-6)
+    plain, compiled = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "last") for name in ("plain", "compiled")
+    )
+    torch.testing.assert_close(dict(compiled.state_dict()), dict(plain.state_dict()))
+
+
+def test_push_publishes_a_model_that_stands_alone(pretrained, tmp_path, monkeypatch):
+    pushed = []
+    for cls in (PreTrainedModel, PreTrainedTokenizerBase):
+        monkeypatch.setattr(cls, "push_to_hub", lambda self, name, private: pushed.append((self, name, private)))
+    run_recipe(
+        *("finetune_causal_lm", tmp_path / "mine", "--model", pretrained[0] / "best", *SHORT, "--lora_r", 2),
+        *("--push_to_hub", "--hub_private"),
+    )
+    (model, name, private), (tokenizer, same_name, _) = pushed
+    assert name == same_name == "mine"
+    assert private
+    # adapters are merged: the base is a folder on this machine
+    assert type(model).__name__ == "PolyGPT2LMHeadModel"
+    assert not any("lora" in key for key in model.state_dict())
+    assert tokenizer.eos_token_id == 256
+
+
+def test_trackers_through_accelerate(tmp_path, monkeypatch):
+    from accelerate.tracking import GeneralTracker
+
+    logged = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "ours", False, True
+        tracker = None
+
+        def store_init_configuration(self, values):
+            logged.append(values)
+
+        def log(self, values, step, **kwargs):
+            logged.append((step, set(values)))
+
+    module = recipe("pretrain_causal_lm")
+    start = module.start_accelerator
+
+    def with_tracker(*args):
+        accelerator = start(*args)
+        accelerator.log_with = [Tracker()]
+        return accelerator
+
+    monkeypatch.setattr(module, "start_accelerator", with_tracker)
+    run_recipe("pretrain_causal_lm", tmp_path, *SHORT, "--report_to", "all")
+    assert logged[0]["block_size"] == 64
+    assert (4, {"validation_loss", "perplexity"}) in logged

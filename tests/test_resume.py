@@ -1,0 +1,175 @@
+"""A killed run that goes on gives, bit for bit, the losses of the run that was never killed."""
+
+import itertools
+import json
+import os
+
+import pytest
+import yaml
+from recipe_runs import die, in_fork, metrics, run_recipe, write_text
+
+from hf_polyattn.training import checkpoint as checkpoints
+from hf_polyattn.training.run import Run
+
+# GPT-2's own dropout of 0.1, so that random states matter; two parts a step
+STEPS = ["--max_steps", 12, "--save_steps", 5, "--eval_steps", 4, "--gradient_accumulation_steps", 2]
+GPT2 = ["--batch_size", 10, "--model_config", "{n_layer: 2, n_head: 2, n_embd: 32}"]
+STREAM = ["--max_steps", 9, "--save_steps", 3, "--eval_steps", 0, "--streaming_shuffle_buffer", 3, "--streaming"]
+NAMES = ("loss", "gradient_norm", "learning_rate", "validation_loss", "tokens")
+
+
+def run_and_die(recipe, out, arguments, when):
+    """Runs in a forked process that kills itself as kill -9 does; `when(die)` arranges it there."""
+
+    def child():
+        when(die)
+        run_recipe(recipe, out, *arguments)
+
+    assert in_fork(child) == -9
+
+
+def in_step(step):
+    """After `step` has been computed and logged."""
+
+    def arrange(die):
+        log = Run.log
+
+        def log_and_die(self, at, *args, **kwargs):
+            log(self, at, *args, **kwargs)
+            if at == step:
+                die()
+
+        Run.log = log_and_die
+
+    return arrange
+
+
+def while_saving(count, function):
+    """At the count-th save, in front of `function` of the checkpoint module."""
+
+    def arrange(die):
+        original = getattr(checkpoints, function)
+        calls = itertools.count(1)
+
+        def die_first(*args, **kwargs):
+            if next(calls) == count:
+                die()
+            return original(*args, **kwargs)
+
+        setattr(checkpoints, function, die_first)
+
+    return arrange
+
+
+def assert_same_metrics(a, b):
+    for name in NAMES:
+        assert metrics(a, name) == metrics(b, name), name
+        assert metrics(a, name) or name == "validation_loss"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data"), characters=5_000)
+
+
+@pytest.fixture(scope="module")
+def arguments(text):
+    return [*STEPS, *GPT2, "--dataset", text]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, arguments):
+    out = tmp_path_factory.mktemp("whole")
+    run_recipe("pretrain_causal_lm", out, *arguments)
+    return out
+
+
+def test_killed_run_resumes_across_an_epoch(whole, arguments, tmp_path):
+    epochs = metrics(whole, "epoch")
+    # the checkpoint of step 5 lies in another epoch than the steps after it
+    assert int(epochs[5]) < int(epochs[10]), epochs
+    run_and_die("pretrain_causal_lm", tmp_path, arguments, in_step(7))
+    assert max(metrics(tmp_path)) == 7
+    assert (tmp_path / "last").resolve().name == "checkpoint-000005"
+    run_recipe("pretrain_causal_lm", tmp_path, *arguments, "--resume")
+    assert_same_metrics(tmp_path, whole)
+
+
+@pytest.mark.parametrize("function", ["random_state_digest", "_flush", "point", "prune"])
+def test_death_while_saving_keeps_the_previous_checkpoint(whole, arguments, tmp_path, function):
+    # saves: at step 4, the best so far, and at step 5; `point` is called twice for step 4
+    count = 3 if function == "point" else 2
+    run_and_die("pretrain_causal_lm", tmp_path, arguments, while_saving(count, function))
+    last = (tmp_path / "last").resolve()
+    # prune comes after the new checkpoint has been published
+    assert last.name == ("checkpoint-000005" if function == "prune" else "checkpoint-000004")
+    assert checkpoints.find_last(tmp_path) == last
+    run_recipe("pretrain_causal_lm", tmp_path, *arguments, "--resume")
+    assert_same_metrics(tmp_path, whole)
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert left == {(tmp_path / name).resolve().name for name in ("last", "best")}
+
+
+def test_stream_resumes(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i} " * (i % 7 + 5)}) + "\n" for i in range(40)))
+    stream = [*STREAM, "--dataset", rows, "--validation_rows", 10, "--block_size", 32]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_recipe("pretrain_causal_lm", whole, *stream)
+    run_and_die("pretrain_causal_lm", killed, stream, in_step(5))
+    run_recipe("pretrain_causal_lm", killed, *stream, "--resume")
+    assert_same_metrics(killed, whole)
+
+
+@pytest.mark.parametrize("extra", [[], ["--lora_r", 2, "--lora_dropout", 0.1]], ids=["all weights", "LoRA"])
+def test_fine_tuning_resumes(whole, text, tmp_path, extra):
+    arguments = [*STEPS, "--model", whole / "best", "--dataset", text, "--batch_size", 10, *extra]
+    run_recipe("finetune_causal_lm", tmp_path / "whole", *arguments)
+    run_and_die("finetune_causal_lm", tmp_path / "killed", arguments, in_step(7))
+    run_recipe("finetune_causal_lm", tmp_path / "killed", *arguments, "--resume")
+    assert_same_metrics(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_masked_model_and_classifier_resume(text, tmp_path):
+    bert = "{num_hidden_layers: 1, num_attention_heads: 2, hidden_size: 16, intermediate_size: 32}"
+    for recipe, data in (("pretrain_masked_lm", ["--dataset", text]), ("finetune_classifier", [])):
+        arguments = [*STEPS, "--batch_size", 10, "--model_config", bert, *data]
+        run_recipe(recipe, tmp_path / recipe / "whole", *arguments)
+        run_and_die(recipe, tmp_path / recipe / "killed", arguments, in_step(7))
+        run_recipe(recipe, tmp_path / recipe / "killed", *arguments, "--resume")
+        assert_same_metrics(tmp_path / recipe / "killed", tmp_path / recipe / "whole")
+
+
+def test_what_cannot_be_resumed_is_refused(whole, arguments, tmp_path):
+    with pytest.raises(FileExistsError, match="pass --resume, --overwrite"):
+        run_recipe("pretrain_causal_lm", whole, *arguments)
+    with pytest.raises(ValueError, match="learning_rate: 0.001 -> 0.5"):
+        run_recipe("pretrain_causal_lm", whole, *arguments, "--resume", "--learning_rate", 0.5)
+    copy = tmp_path / "copy"
+    os.system(f"cp -r {whole} {copy}")
+    weights = copy / "last" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="missing or cut"):
+        run_recipe("pretrain_causal_lm", copy, *arguments, "--resume")
+    run_recipe("pretrain_causal_lm", copy, *arguments, "--overwrite", "--max_steps", 2)
+    assert max(metrics(copy)) == 2
+
+
+def test_checkpoint_says_how_it_was_made(whole, text):
+    config = yaml.safe_load((whole / "last" / "config.yaml").read_text())
+    assert config["dataset"] == str(text)
+    assert config["activation"] == "poly"
+    position = json.loads((whole / "last" / "position.json").read_text())
+    assert position["step"] == 12
+    assert "model.safetensors" in position["files"]
+    # weights are stored once, and none of the files can run code when loaded
+    assert not (whole / "last" / "state" / "model.safetensors").exists()
+
+
+def test_random_state_that_does_not_come_back_is_noticed(whole, arguments, tmp_path):
+    copy = tmp_path / "copy"
+    os.system(f"cp -r {whole} {copy}")
+    states = copy / "last" / "state" / "random_states_0.pkl"
+    states.write_bytes(b"x" * states.stat().st_size)
+    with pytest.raises(RuntimeError, match="random state"):
+        run_recipe("pretrain_causal_lm", copy, *arguments, "--resume")

@@ -1,0 +1,147 @@
+"""YAML first, command line on top, field docs as help, near matches for unknown keys."""
+
+import dataclasses
+
+import pytest
+import yaml
+from recipe_runs import RECIPES, recipe
+
+from hf_polyattn.config import PolyAttentionConfig
+from hf_polyattn.training import arguments as args
+from hf_polyattn.training.arguments import as_yaml, parse_arguments
+
+GROUPS = (
+    args.ModelArguments,
+    args.AttentionArguments,
+    args.TextArguments,
+    args.OptimizationArguments,
+    args.LoraArguments,
+    args.RunArguments,
+)
+
+
+def parse(tmp_path, text, *extra):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return parse_arguments([str(path), *extra], GROUPS)
+
+
+def test_yaml_first_then_command_line(tmp_path):
+    text = "model_type: gpt2\nlearning_rate: 1e-3\nmodel_config: {n_layer: 4, n_head: 2}\nlayers: [0, -1]\n"
+    model, attention, _, optimization, _, run = parse(
+        tmp_path,
+        text,
+        "--learning-rate",
+        "2e-4",
+        "--model_config.n_layer",
+        "6",
+        "--model_config.tie=false",
+        "--resume",
+    )
+    # 1e-3 is a string in YAML
+    assert optimization.learning_rate == 2e-4
+    assert parse(tmp_path, text)[3].learning_rate == 1e-3
+    assert model.config_overrides() == {"n_layer": 6, "n_head": 2, "tie": False}
+    assert attention.options() == {"layers": [0, -1]}
+    assert run.resume is True
+
+
+def test_one_entry_of_a_mapping(tmp_path):
+    def overrides(*words):
+        return parse(tmp_path, "model_type: gpt2\nmodel_config: {a: 1}", *words)[0].config_overrides()
+
+    assert overrides("--model_config.b", "2") == {"a": 1, "b": 2}
+    # in the order of the line
+    assert overrides("--model_config", "{c: 3}", "--model-config.b=x") == {"c": 3, "b": "x"}
+    assert overrides("--model_config.b", "2", "--model_config={c: 3}") == {"c": 3}
+    assert overrides("--model_config.b", "2", "--activation", "relu.x") == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--normalization", "length", "--alpha", "auto"], {"normalization": "length", "alpha": "auto"}),
+        (["--normalization", "14", "--gain", "0.5"], {"normalization": 14.0, "gain": 0.5}),
+        (["--coefficients", "learnable"], {"coefficients": "learnable"}),
+        (["--coefficients", "0", "1", "0", "-1e-1"], {"coefficients": (0.0, 1.0, 0.0, -0.1)}),
+        (["--heads", '{"0": [1, 2]}'], {"heads": {0: [1, 2]}}),
+        (["--learn_gain", "--degree", "5"], {"learn_gain": True, "degree": 5}),
+        ([], {}),
+    ],
+)
+def test_attention_options(tmp_path, words, options):
+    attention = parse(tmp_path, "model_type: gpt2", *words)[1]
+    assert attention.options() == options
+
+
+def test_every_field_of_the_attention_config_is_an_argument():
+    fields = {field.name for field in dataclasses.fields(PolyAttentionConfig)}
+    assert fields <= {field.name for field in dataclasses.fields(args.AttentionArguments)}
+
+
+@pytest.mark.parametrize(
+    ("text", "extra", "message"),
+    [
+        ("model_type: gpt2\nlearning_rat: 1", [], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("model_type: gpt2", ["--batchsize", "2"], "unknown argument '--batchsize'; did you mean 'batch_size'?"),
+        ("model_type: gpt2", ["--learn", "1"], "unknown argument '--learn'"),
+        ("model_type: gpt2", ["--batch_size", "9", "--gradient_accumulation_steps", "2"], "must be a multiple"),
+        ("batch_size: 2", [], "give model (a folder or a Hub name) or model_type"),
+        ("model_type: gpt2\nmodel: here", [], "not both"),
+        ("- 1", [], "`name: value`"),
+        ("model_type: gpt2", ["--shuffle", "often"], "invalid choice"),
+        ("model_type: gpt2", ["--validation_fraction", "1"], "validation_fraction must be between"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, capsys, text, extra, message):
+    with pytest.raises(SystemExit) as exit_:
+        parse(tmp_path, text, *extra)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_configuration_file(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["nowhere.yaml"], GROUPS)
+    assert "no such configuration file: nowhere.yaml" in capsys.readouterr().err
+
+
+def test_arguments_survive_yaml(tmp_path):
+    text = "model_type: llama\ncoefficients: [0, 1, 0, 0.1]\nmodel_config: {n_layer: 4}\nlora_target_modules: [a, b]\n"
+    first = parse(tmp_path, text, "--overwrite")
+    assert parse(tmp_path, as_yaml(*first)) == first
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py") if path.stem[:5] != "study"))
+def test_help_comes_from_the_field_docs(name, capsys):
+    module = recipe(name)
+    with pytest.raises(SystemExit) as exit_:
+        module.main(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Sequences of one optimizer step, over all processes and accumulation steps." in text
+    for group in module.GROUPS:
+        for field in dataclasses.fields(group):
+            assert field.metadata.get("help"), f"{group.__name__}.{field.name} has no doc"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("configs/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_configurations_parse_and_explain_themselves(path):
+    module = recipe(path.parent.name)
+    parse_arguments(
+        [str(path), "--model_type=", "--model=x"] if "model:" in path.read_text() else [str(path)], module.GROUPS
+    )
+    header = path.read_text()
+    assert header.startswith("# ")
+    assert "accelerate launch" in header
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configurations_are_known_to_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_machines == 1
+    assert yaml.safe_load(path.read_text())["distributed_type"] == str(config.distributed_type.value)

@@ -1,0 +1,311 @@
+"""Parameter groups, learning rate, exact averages, twins with equal weights, adapters, metrics, non-finite values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
+
+from hf_polyattn import coverage
+from hf_polyattn.training.arguments import (
+    AttentionArguments,
+    LoraArguments,
+    ModelArguments,
+    OptimizationArguments,
+)
+from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, load_trained
+from hf_polyattn.training.losses import IGNORE, mean_loss, token_losses
+from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.nonfinite import find_nonfinite
+from hf_polyattn.training.optimization import adamw, parameter_groups, rate_factor, set_learning_rate
+from hf_polyattn.training.tokenizers import byte_tokenizer
+
+TINY = {
+    "gpt2": "{n_layer: 2, n_head: 2, n_embd: 16}",
+    "llama": "{num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, hidden_size: 16,"
+    " intermediate_size: 24}",
+    "bert": "{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 16, intermediate_size: 24}",
+}
+
+
+def tiny(model_type="gpt2", seed=0, activation="softmax", auto=AutoModelForCausalLM, batches=(), **options):
+    model = build_model(
+        auto,
+        ModelArguments(model_type=model_type, model_config=TINY[model_type]),
+        byte_tokenizer(),
+        seed,
+        block_size=16,
+    )
+    return replace_attention(model, AttentionArguments(activation=activation, **options), batches)
+
+
+def batch(rows=4, length=12):
+    ids = torch.randint(0, 256, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()}
+
+
+def loss_of(model, batch):
+    return token_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+# optimizer
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_decay_is_for_matrices_only(model_type):
+    model = tiny(model_type, activation="poly", learn_gain=True)
+    args = OptimizationArguments(weight_decay=0.3, polyattn_learning_rate_multiplier=5.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {g["name"]: ({names[id(p)] for p in g["params"]}, g) for g in parameter_groups(model, args)}
+    decay, plain, polyattn = (groups[name][0] for name in ("decay", "plain", "polyattn"))
+    assert decay | plain | polyattn == set(names.values())
+    # coefficients are [heads, degree + 1]: two-dimensional, and still not a matrix to shrink
+    assert {name.rsplit(".", 1)[1] for name in polyattn} == {"coefficients", "gain"}
+    assert all("norm" in name or "ln_" in name or name.endswith("bias") for name in plain)
+    assert all(name.endswith("weight") and "norm" not in name and "ln_" not in name for name in decay)
+    assert [groups[n][1]["weight_decay"] for n in ("decay", "plain", "polyattn")] == [0.3, 0, 0]
+
+
+def test_learning_rate_warms_up_and_falls_to_the_ratio():
+    assert [rate_factor(step, 100, 10, 0.1) for step in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    assert rate_factor(55, 100, 10, 0.1) == pytest.approx(0.55)
+    assert rate_factor(100, 100, 10, 0.1) == pytest.approx(0.1)
+    falling = [rate_factor(step, 100, 10, 0.1) for step in range(10, 101)]
+    assert falling == sorted(falling, reverse=True)
+    assert rate_factor(1, 1, 0, 0.1) == pytest.approx(0.1)
+
+
+def test_learned_state_has_a_rate_of_its_own():
+    args = OptimizationArguments(learning_rate=0.01, polyattn_learning_rate_multiplier=3.0, warmup_steps=0)
+    optimizer = adamw(tiny(activation="poly"), args)
+    assert set_learning_rate(optimizer, args, 1, 10**9) == pytest.approx(0.01)
+    assert {g["name"]: pytest.approx(g["lr"]) for g in optimizer.param_groups} == {
+        "decay": 0.01,
+        "plain": 0.01,
+        "polyattn": 0.03,
+    }
+
+
+# losses
+
+
+def test_token_losses_are_those_of_cross_entropy():
+    logits, labels = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+    labels[0, :4] = IGNORE
+    sums, counts = token_losses(logits, labels)
+    assert counts.tolist() == [1, 5, 5]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert (sums.sum() / counts.sum()).item() == pytest.approx(expected.item())
+
+
+def test_mean_loss_does_not_depend_on_batches_and_keeps_the_mode():
+    accelerator, model = Accelerator(cpu=True), tiny()
+    model.train()
+    rows = batch(7)
+    rows["labels"][0, :9] = IGNORE
+    cut = lambda size: [{k: v[i : i + size] for k, v in rows.items()} for i in range(0, 7, size)]  # noqa: E731
+    whole = mean_loss(accelerator, model, cut(7), loss_of)
+    assert mean_loss(accelerator, model, cut(2), loss_of) == pytest.approx(whole, rel=1e-6)
+    assert model.training
+
+
+# models
+
+
+@pytest.mark.parametrize("activation", ["poly", "monomial", "relu", "sigmoid"])
+def test_twins_start_from_the_same_weights_and_random_state(activation):
+    softmax = tiny(seed=3)
+    state = torch.get_rng_state()
+    twin = tiny(seed=3, activation=activation, batches=[{"input_ids": batch()["input_ids"]}])
+    assert (torch.get_rng_state() == state).all()
+    weights = {k: v for k, v in twin.state_dict().items() if ".polyattn." not in k}
+    assert weights.keys() == softmax.state_dict().keys()
+    assert all((weights[k] == v).all() for k, v in softmax.state_dict().items())
+    assert coverage(twin).activation == activation
+
+
+def test_softmax_is_the_stock_model_unless_it_has_extras(capsys):
+    """A configuration written for a polynomial gives the twin with one word changed."""
+    written = {"degree": 3, "coefficients": ["learnable"], "normalization": "length", "learn_gain": True}
+    for options in ({}, written, {"qk_norm": False}):
+        model = tiny(**options)
+        assert type(model).__name__ == "GPT2LMHeadModel"
+        assert model.config._attn_implementation == "sdpa"
+    assert "softmax has no coefficients, degree, learn_gain, normalization: left out" in capsys.readouterr().out
+    extra = tiny(qk_norm=True, **written)
+    assert coverage(extra).activation == "softmax"
+    assert extra.config.polyattn["normalization"] == "sum"
+    relu = tiny(activation="relu", **written)
+    assert relu.config.polyattn["normalization"] == "length"
+    assert coverage(relu).activation == "relu"
+
+
+def test_calibration_uses_the_batches():
+    batches = [{"input_ids": batch()["input_ids"]}]
+    gains = [tiny(activation="poly", batches=b).transformer.h[0].attn.polyattn.gain for b in ((), batches)]
+    assert not torch.allclose(*gains)
+
+
+def test_a_polynomial_checkpoint_stays_what_it_is(tmp_path):
+    model = tiny(activation="poly", degree=2, normalization="length")
+    model.save_pretrained(tmp_path)
+    load = lambda: build_model(AutoModelForCausalLM, ModelArguments(model=str(tmp_path)), byte_tokenizer(), 0)  # noqa: E731
+    again = replace_attention(load(), AttentionArguments())
+    assert again.config.polyattn == model.config.polyattn
+    assert type(replace_attention(load(), AttentionArguments(activation="softmax"))).__name__ == "GPT2LMHeadModel"
+    assert replace_attention(load(), AttentionArguments(activation="poly", degree=5)).config.polyattn["degree"] == 5
+
+
+def test_model_and_data_that_do_not_fit_are_refused(tmp_path):
+    GPT2Config(vocab_size=100, n_layer=1, n_embd=4, n_head=1).save_pretrained(tmp_path)
+    args = ModelArguments(model_type="gpt2", model_config="{n_layer: 1, n_head: 1, n_embd: 4, n_positions: 8}")
+    with pytest.raises(ValueError, match="block_size 16 is more than the model's 8 positions"):
+        build_model(AutoModelForCausalLM, args, byte_tokenizer(), 0, block_size=16)
+    args.model_config = "{n_layer: 1, n_head: 1, n_embd: 4, vocab_size: 100}"
+    with pytest.raises(ValueError, match="the tokenizer has 258 tokens, the model 100"):
+        build_model(AutoModelForCausalLM, args, byte_tokenizer(), 0)
+
+
+# adapters
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto"),
+    [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForSequenceClassification)],
+)
+def test_adapters_train_and_save_the_learned_state(tmp_path, model_type, auto):
+    accelerator = Accelerator(cpu=True)
+    model = tiny(model_type, activation="poly", auto=auto)
+    expected = len(learned_state(model))
+    adapted = add_lora(accelerator, model, LoraArguments(lora_r=2), tmp_path / "base")
+    assert len(learned_state(adapted)) == expected == 2
+    trainable = {
+        name.split(".")[-1] if ".polyattn." in name else "other"
+        for name, p in adapted.named_parameters()
+        if p.requires_grad
+    }
+    assert trainable == {"coefficients", "other"}
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    check_adapter(tmp_path / "adapter", adapted)
+    ids = batch()["input_ids"]
+    merged = load_trained(auto, tmp_path / "adapter")
+    assert not isinstance(merged, PeftModel)
+    assert coverage(merged).activation == "poly"
+    logits, expected = merged.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_without_the_learned_state_is_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapted = add_lora(Accelerator(cpu=True), tiny(activation="poly"), LoraArguments(lora_r=2), tmp_path / "base")
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "h.1.attn.polyattn" not in k}, file)
+    with pytest.raises(RuntimeError, match=r"lacks learned attention tensors: .*h\.1"):
+        check_adapter(tmp_path, adapted)
+
+
+# metrics
+
+
+def test_metrics_are_those_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    from hf_polyattn.training.metrics import Classification, Regression
+
+    random = np.random.default_rng(0)
+    for classes in (2, 4):
+        guess, truth = random.integers(0, classes, 60), random.integers(0, classes, 60)
+        scores = Classification(keep_in_memory=True).compute(predictions=guess, references=truth)
+        average = "binary" if classes == 2 else "macro"
+        assert scores["f1"] == pytest.approx(sklearn.f1_score(truth, guess, average=average))
+        assert scores["accuracy"] == pytest.approx(sklearn.accuracy_score(truth, guess))
+    guess, truth = random.integers(0, 9, 60).astype(np.float32), random.normal(size=60).astype(np.float32)
+    scores = Regression(keep_in_memory=True).compute(predictions=guess, references=truth)
+    assert scores["pearson"] == pytest.approx(stats.pearsonr(guess, truth).statistic)
+    assert scores["spearman"] == pytest.approx(stats.spearmanr(guess, truth).statistic)
+    assert scores["mean_squared_error"] == pytest.approx(((guess - truth) ** 2).mean(), rel=1e-6)
+    constant = Regression(keep_in_memory=True).compute(predictions=np.ones(3), references=np.arange(3.0))
+    assert constant["pearson"] == 0
+
+
+def test_metrics_of_a_single_class():
+    from hf_polyattn.training.metrics import Classification
+
+    scores = Classification(keep_in_memory=True).compute(predictions=[0, 0], references=[0, 0])
+    assert scores == {"accuracy": 1.0, "f1": 0.0}
+
+
+# non-finite values
+
+
+class Poison(torch.autograd.Function):
+    """Identity with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+def test_finite_model_has_no_culprit():
+    assert find_nonfinite(tiny(activation="poly"), [batch()], loss_of) is None
+
+
+def test_first_bad_output_is_named_by_its_innermost_module():
+    model = tiny(activation="poly")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.fill_(3e38)
+    assert find_nonfinite(model, [batch()], loss_of) == "the output of transformer.h.1.mlp.c_fc (Conv1D)"
+
+
+def test_bad_weight_is_named():
+    model = tiny()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[2, 2] = math.nan
+    assert find_nonfinite(model, [batch()], loss_of) == "the tensor transformer.h.0.attn.c_attn.weight itself"
+
+
+def test_bad_gradient_is_named_and_the_model_left_alone():
+    model = tiny(activation="poly")
+    block = model.transformer.h[0].mlp
+    forward = block.forward
+    block.forward = lambda x: Poison.apply(forward(x))
+    place = find_nonfinite(model, [batch()], loss_of)
+    assert place.startswith("the gradient that reaches the output of transformer.h.0.mlp")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.transformer.h.modules())
+
+
+def test_only_the_last_batch_is_bad():
+    model = tiny()
+    good, bad = batch(), batch()
+    bad["labels"] = bad["labels"].clone()
+    calls = []
+
+    def loss(model, batch):
+        sums, counts = loss_of(model, batch)
+        calls.append(1)
+        return sums * (math.nan if batch is bad else 1.0), counts
+
+    assert find_nonfinite(model, [good, bad], loss) == "the loss itself, from finite logits"
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("config", [GPT2Config, LlamaConfig, BertConfig])
+def test_default_adapter_targets_exist(config):
+    from hf_polyattn.training.lora import TARGETS
+
+    assert config.model_type in TARGETS
