@@ -1,0 +1,150 @@
+"""What `hf-polyattn patch` and `hf-polyattn inspect` do; each returns the text to print."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import models
+from .models import PolyModelMixin, read_settings, states
+from .patching import coverage, patch_model
+from .tables import format_table
+
+BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
+"""Calibration from a file: batches, sequences of each, and tokens of each at most."""
+
+
+def load_checkpoint(path: str) -> PreTrainedModel:
+    """The model at `path` (folder or Hub name), in the class that its config.json names.
+
+    Raises:
+        FileNotFoundError: when `path` is neither a folder nor can be a Hub name.
+        ValueError: when config.json names no class, or one that Transformers does not have.
+    """
+    transformers.logging.disable_progress_bar()
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"no such folder: {path}")
+    config = AutoConfig.from_pretrained(path)
+    names = config.architectures or []
+    if not names:
+        raise ValueError(f"config.json of {path} names no architectures, so the class of the model cannot be told")
+    cls = getattr(models, names[0], None) or getattr(transformers, names[0], None)
+    if cls is None:
+        raise ValueError(f"{path} is a {names[0]}, which this version of transformers does not have")
+    return cls.from_pretrained(path)
+
+
+def patch(args: Namespace) -> str:
+    """Loads args.source, patches it, saves it with its tokenizer in args.to."""
+    out = Path(args.to)
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: give --to a new folder")
+    model = load_checkpoint(args.source)
+    tokenizer = load_tokenizer(args.source)
+    options = _options(args)
+    if args.calibrate:
+        if tokenizer is None:
+            raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
+        options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
+    patch_model(model, args.activation, args.degree, **options)
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    return "\n".join(
+        [
+            f"saved to {out}" + ("" if tokenizer is not None else " (no tokenizer was found in the source)"),
+            "its weights were trained for softmax: train it before you judge it",
+        ]
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, None when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+    # for a folder without tokenizer files Transformers makes one up that knows special tokens only
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def _options(args: Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "layers": args.layers,
+        "qk_norm": args.qk_norm or None,
+        "learn_gain": args.learn_gain or None,
+    }
+    if args.coefficients:
+        options["coefficients"] = tuple(args.coefficients)
+    if args.normalization:
+        try:
+            options["normalization"] = float(args.normalization)
+        except ValueError:
+            options["normalization"] = args.normalization
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:
+    """Up to BATCHES tensors of input ids [SEQUENCES, T] from the start of a text file.
+
+    Raises:
+        ValueError: for a text that does not fill one batch.
+    """
+    length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    size = SEQUENCES * length
+    if len(ids) < size:
+        raise ValueError(f"{file} holds {len(ids)} tokens, and calibration needs at least {size}")
+    return [
+        torch.tensor(ids[at : at + size]).view(SEQUENCES, length)
+        for at in range(0, min(len(ids), BATCHES * size) - size + 1, size)
+    ]
+
+
+def inspect(args: Namespace) -> str:
+    """Coverage, configuration and learned state of args.path, as tables or as JSON."""
+    model = load_checkpoint(args.path)
+    covered = coverage(model)
+    settings = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
+    tensors = {name: dict(state.state_dict()) for name, state in states(model).items()}
+    count = sum(p.numel() for p in model.parameters())
+    if args.json:
+        return json.dumps(
+            {
+                "class": type(model).__name__,
+                "model_type": model.config.model_type,
+                "parameters": count,
+                "patched": dict(covered.patched),
+                "softmax": list(covered.softmax),
+                "config": settings.to_dict() if settings else None,
+                "state": {name: {key: x.tolist() for key, x in state.items()} for name, state in tensors.items()},
+            },
+            indent=2,
+        )
+    lines = [f"{type(model).__name__}, model_type {model.config.model_type}, {count:,} parameters", str(covered)]
+    if settings is not None:
+        shown = {name: value for name, value in settings.to_dict().items() if value is not None}
+        lines += ["", *(f"  {name}: {value}" for name, value in shown.items())]
+        lines += ["", "mean over heads (min to max)", _state_table(tensors)]
+    return "\n".join(lines)
+
+
+def _state_table(tensors: dict[str, dict[str, torch.Tensor]]) -> str:
+    rows = []
+    for name, state in tensors.items():
+        columns = {key: state[key] for key in ("alpha", "beta", "gain")}
+        if "coefficients" in state:
+            columns |= {f"c_{power}": column for power, column in enumerate(state["coefficients"].unbind(1))}
+        header = ["module", *columns]
+        rows.append([name, *(_span(column.float()) for column in columns.values())])
+    return format_table(header, rows)
+
+
+def _span(x: torch.Tensor) -> str:
+    if torch.equal(x, x[:1].expand_as(x)):
+        return f"{x[0].item():.3g}"
+    return f"{x.mean().item():.3g} ({x.min().item():.3g} to {x.max().item():.3g})"

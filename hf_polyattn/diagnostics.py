@@ -1,0 +1,49 @@
+"""What the attention of a model looks like on real inputs, patched or not."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import NAME
+
+
+@torch.no_grad()
+def weight_norms(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """‖A‖_F / sqrt(N) of every head: [layers, heads], in fp32 on the CPU.
+
+    A holds the attention weights of one sequence and N counts its rows. Softmax cannot exceed 1; a polynomial that
+    stays near 1 meets the condition under which arXiv 2410.18613 finds training stable.
+
+    Args:
+        model: any Transformers model that returns its attention weights; stock ones are switched to their eager form
+            for the length of the call.
+        batch: model inputs. Rows that attention_mask [B, T] calls padding do not count; several sequences are averaged
+            by their squares.
+    Raises:
+        ValueError: when the model returns no attention weights.
+    """
+    implementation = model.config._attn_implementation
+    was_training = model.training
+    model.eval()
+    try:
+        if implementation not in (NAME, "eager"):
+            model.set_attn_implementation("eager")
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        attentions = model(**inputs, output_attentions=True).attentions
+    finally:
+        if implementation not in (NAME, "eager"):
+            model.set_attn_implementation(implementation)
+        model.train(was_training)
+    if not attentions or any(weights is None for weights in attentions):
+        raise ValueError(f"{type(model).__name__} returned no attention weights")
+    return torch.stack([_norms(weights, inputs.get("attention_mask")) for weights in attentions])
+
+
+def _norms(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, H, T, S] -> [H]."""
+    energy = weights.float().square().sum(-1)  # [B, H, T]
+    rows = energy.new_ones(energy.shape[0], energy.shape[2])
+    if attention_mask is not None:
+        rows = attention_mask[:, -energy.shape[2] :].to(energy.dtype)
+    return ((energy * rows[:, None]).sum((0, 2)) / rows.sum()).sqrt().cpu()

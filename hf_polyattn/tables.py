@@ -1,0 +1,24 @@
+"""Plain text tables for reports: columns as wide as their widest cell."""
+
+from collections.abc import Iterable, Sequence
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of text cells; the first column is aligned left, the others right.
+
+    >>> print(format_table(["model", "loss"], [["softmax", "1.89"], ["cubic", "1.88"]]))
+    model    loss
+    softmax  1.89
+    cubic    1.88
+    """
+    cells = [list(header), *(list(row) for row in rows)]
+    if any(len(row) != len(header) for row in cells):
+        raise ValueError(f"every row needs {len(header)} cells, got rows of {sorted({len(row) for row in cells})}")
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )

@@ -1,0 +1,91 @@
+"""The console script `hf-polyattn`: arguments and error messages only.
+
+A module of its own beside the package, because importing anything below `hf_polyattn` imports torch and transformers,
+and `--help` should answer at once. Each command imports what it needs when it runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
+"""Errors that carry a message for the user; shown as one line unless --debug asks for the traceback."""
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"hf-polyattn {version('hf-polyattn')}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-polyattn",
+        description="Polynomial attention instead of softmax for Hugging Face Transformers models.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="pretrain a small GPT-2 with softmax and with a cubic, side by side (minutes)"
+    )
+    demo.add_argument(
+        "--quick", action="store_true", help="a few steps of a smaller model: shows that everything works"
+    )
+    demo.add_argument("--out", default="demo", metavar="DIR", help="where models, table and figure go (default: demo)")
+    demo.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each model")
+    demo.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and data order (default: 0)")
+
+    patch = commands.add_parser("patch", help="load a checkpoint, make its attention polynomial, save it")
+    patch.add_argument("source", metavar="SOURCE", help="folder or Hub name of a checkpoint")
+    patch.add_argument("--to", required=True, metavar="OUT", help="folder to save the patched model in")
+    patch.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
+    patch.add_argument("--degree", type=int, metavar="P", help="degree of the polynomial (default: 3)")
+    patch.add_argument("--normalization", metavar="Z", help="sqrt_length, length, sum, l1, l2, none or a number")
+    patch.add_argument(
+        "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
+    )
+    patch.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="attention modules to patch; the rest stay softmax"
+    )
+    patch.add_argument("--qk-norm", action="store_true", help="RMS-normalise queries and keys")
+    patch.add_argument("--learn-gain", action="store_true", help="train one gain for each head")
+    patch.add_argument("--calibrate", metavar="FILE", help="text from which alpha and gain of each head are measured")
+
+    inspect = commands.add_parser(
+        "inspect", help="say which attention of a checkpoint is polynomial, and with what numbers"
+    )
+    inspect.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C (argparse exits with 2)."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "demo":
+            from hf_polyattn.demo import run_demo
+
+            run_demo(out=args.out, quick=args.quick, steps=args.steps, seed=args.seed)
+        else:
+            from hf_polyattn import commands
+
+            print(getattr(commands, args.command)(args))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except EXPECTED as error:
+        if args.debug:
+            raise
+        print(f"hf-polyattn {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The console script: what it prints, how it fails, and that it answers without importing torch."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+import hf_polyattn
+from hf_polyattn import demo
+from hf_polyattn.diagnostics import weight_norms
+from hf_polyattn.tables import format_table
+from hf_polyattn.training.tokenizers import byte_tokenizer
+from hf_polyattn_cli import main
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """A stock GPT-2 with a byte tokenizer, on disk."""
+    folder = tmp_path_factory.mktemp("stock")
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=len(tokenizer), bos_token_id=256, eos_token_id=256
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\nimport hf_polyattn_cli\n"
+        "try:\n    hf_polyattn_cli.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'hf_polyattn') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
+    assert all(command in result.stdout for command in ("demo", "patch", "inspect"))
+
+
+def test_help_takes_less_than_a_third_of_a_second():
+    # processor time, the least of a few, so that a busy machine does not fail it
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "hf_polyattn_cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"hf-polyattn {hf_polyattn.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["paint"], ["patch", "source"], ["demo", "--steps", "many"]])
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+
+
+def test_patch_saves_a_model_that_reloads(stock, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, said, _ = run(capsys, "patch", stock, "--to", out, "--degree", 5, "--normalization", "l2", "--learn-gain")
+    assert code == 0
+    assert f"saved to {out}" in said
+    model = AutoModelForCausalLM.from_pretrained(out)
+    settings = model.config.polyattn
+    assert (settings["degree"], settings["normalization"], settings["learn_gain"]) == (5, "l2", True)
+    assert len(hf_polyattn.coverage(model).patched) == 2
+    assert (out / "tokenizer.json").exists()
+
+
+def test_patch_takes_a_part_and_fixed_numbers(stock, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--layers", -1, "--coefficients", 0, 1, 0.5, "--normalization", 14, "--qk-norm"]
+    assert run(capsys, "patch", stock, "--to", out, *words)[0] == 0
+    code, said, _ = run(capsys, "inspect", out, "--json")
+    report = json.loads(said)
+    assert report["patched"] == {"transformer.h.1.attn": 2}
+    assert report["softmax"] == ["transformer.h.0.attn"]
+    assert report["config"]["normalization"] == 14
+    assert report["config"]["qk_norm"] is True
+    assert report["state"]["transformer.h.1.attn"]["coefficients"] == [[0, 1, 0.5]] * 2
+
+
+def test_patch_calibrates_on_a_text(stock, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Polynomials instead of softmax. " * 20)
+    assert run(capsys, "patch", stock, "--to", tmp_path / "a", "--calibrate", text)[0] == 0
+    assert run(capsys, "patch", stock, "--to", tmp_path / "b")[0] == 0
+    alphas = [AutoModelForCausalLM.from_pretrained(tmp_path / x).transformer.h[0].attn.polyattn.alpha for x in "ab"]
+    # one number for all heads without data, one for each head from data
+    assert alphas[1].unique().numel() == 1
+    assert alphas[0].unique().numel() == 2
+    text.write_text("short")
+    code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "c", "--calibrate", text)
+    assert code == 1
+    assert "calibration needs at least 64" in error
+
+
+def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
+    run(capsys, "patch", stock, "--to", tmp_path / "out")
+    code, said, _ = run(capsys, "inspect", tmp_path / "out")
+    assert code == 0
+    for line in (
+        "PolyGPT2LMHeadModel",
+        "patched 2 of 2 attention modules",
+        "degree: 3",
+        "c_3",
+        "transformer.h.1.attn",
+    ):
+        assert line in said
+    code, said, _ = run(capsys, "inspect", stock)
+    assert code == 0
+    assert "patched 0 of 2 attention modules" in said
+    assert "degree" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "./nowhere"], "no such folder: ./nowhere"),
+        (["patch", "STOCK", "--to", "OUT", "--degree", "0"], "degree must be an integer from 1 to 16, got 0"),
+        (["patch", "STOCK", "--to", "OUT", "--layers", "7"], "layers"),
+        (["patch", "STOCK", "--to", "OUT", "--activation", "cubist"], "unknown activation 'cubist'"),
+        (["patch", "STOCK", "--to", "STOCK"], "is not empty"),
+        (["demo", "--steps", "1"], "steps must be >= 2, got 1"),
+    ],
+)
+def test_expected_errors_are_one_line(words, message, stock, tmp_path, capsys):
+    words = [{"STOCK": str(stock), "OUT": str(tmp_path / "out")}.get(word, word) for word in words]
+    code, said, error = run(capsys, *words)
+    assert code == 1
+    assert said == ""
+    assert error.startswith(f"hf-polyattn {words[0]}: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(capsys):
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "inspect", "./nowhere"])
+
+
+def test_interrupt_has_its_own_status(monkeypatch, capsys):
+    def stop(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", stop)
+    assert run(capsys, "demo") == (130, "", "interrupted\n")
+
+
+def test_patched_folder_without_tokenizer_and_without_architectures(stock, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(stock).save_pretrained(bare)
+    code, said, _ = run(capsys, "patch", bare, "--to", tmp_path / "out")
+    assert code == 0
+    assert "no tokenizer was found" in said
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    config = json.loads((bare / "config.json").read_text())
+    del config["architectures"]
+    (bare / "config.json").write_text(json.dumps(config))
+    code, _, error = run(capsys, "inspect", bare)
+    assert code == 1
+    assert "names no architectures" in error
+
+
+def test_demo_reports_a_process_that_fails(tmp_path):
+    job = tmp_path / "job.json"
+    job.write_text("{}")
+    with pytest.raises(demo.DemoError, match=r"the cubic process ended with status 1: TypeError: .*cubic\.log"):
+        demo.train_side_by_side({"cubic": job}, tmp_path, steps=2)
+
+
+def test_demo_notices_a_checkpoint_that_loads_without_the_plugin(stock):
+    with pytest.raises(demo.DemoError, match="without the plugin loaded"):
+        demo.refusal(stock)
+
+
+def test_demo_notices_other_logits(monkeypatch, tmp_path):
+    class Finished:
+        stdout = ('{"event": "reloaded", "identical": false}\n',)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(demo, "start_worker", lambda *words: Finished())
+    with pytest.raises(demo.DemoError, match="reloaded logits differ"):
+        demo.reload_fresh(tmp_path / "job.json", tmp_path, 1)
+
+
+def test_weight_norms_of_softmax_and_of_an_exact_normalization(stock):
+    model = AutoModelForCausalLM.from_pretrained(stock)
+    ids = torch.randint(0, 256, (2, 24))
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    before = model.config._attn_implementation
+    norms = weight_norms(model, {"input_ids": ids})
+    assert norms.shape == (2, 2)
+    assert model.config._attn_implementation == before
+    # an untrained causal model averages its row: sum_i 1/i over N
+    expected = (sum(1 / i for i in range(1, 25)) / 24) ** 0.5
+    torch.testing.assert_close(norms, torch.full((2, 2), expected), rtol=1e-2, atol=0)
+    hf_polyattn.patch_model(model, normalization="l2", gain=2.0)
+    for batch in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        # "l2" makes every row of length 1, times the gain
+        torch.testing.assert_close(weight_norms(model, batch), torch.full((2, 2), 2.0), rtol=1e-3, atol=0)
+
+
+def test_table_aligns_and_refuses_ragged_rows():
+    assert format_table(["a", "bb"], [["long", "1"]]).splitlines() == ["a     bb", "long   1"]
+    with pytest.raises(ValueError, match="every row needs 2 cells"):
+        format_table(["a", "b"], [["only one"]])
