@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +12,13 @@ STOCK_PREFIX = "polyattn_"
 
 
 def head_dim(module: nn.Module) -> int:
-    config = module.config
+    config: Any = module.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _heads_from_config(module: nn.Module) -> int:
-    return int(module.config.num_attention_heads)
+    config: Any = module.config
+    return int(config.num_attention_heads)
 
 
 def _spread_at_initialization(module: nn.Module) -> float:
@@ -25,7 +27,8 @@ def _spread_at_initialization(module: nn.Module) -> float:
     Inputs come out of a norm with unit variance, so each entry of q and k has variance width * range^2, and q . k has
     variance head_dim times its square.
     """
-    config, size = module.config, head_dim(module)
+    size = head_dim(module)
+    config: Any = module.config
     scaling = getattr(module, "scaling", None) or size**-0.5
     return scaling * size**0.5 * config.hidden_size * config.initializer_range**2
 
@@ -40,7 +43,7 @@ def linear_query_key(*names: str) -> Callable[[nn.Module], tuple[list[torch.Tens
     return find
 
 
-def fused_query_key(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def fused_query_key(module: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """`query_key` of GPT-2, whose c_attn makes queries, keys and values side by side, in columns."""
     width = module.embed_dim
     if module.is_cross_attention:

@@ -122,12 +122,8 @@ def polyattn_mask(
     have to guess.
     """
     whole_sequence = kwargs.get("q_length") is not None and kwargs.get("q_length") == kwargs.get("kv_length")
-    return sdpa_mask(
-        *args,
-        allow_is_causal_skip=allow_is_causal_skip and whole_sequence,
-        allow_is_bidirectional_skip=False,
-        **kwargs,
-    )
+    skips = {"allow_is_causal_skip": allow_is_causal_skip and whole_sequence, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **{**kwargs, **skips})
 
 
 def register() -> None:

@@ -79,7 +79,7 @@ class _Observer:
         out = attend(
             query, key, value, phi=entry.phi, exponential=True, normalization="sum", backend="naive", **options
         )
-        out = out[0] if options.get("return_weights") else out
+        out = out[0] if isinstance(out, tuple) else out
         keep = build_keep(
             (query.shape[2], key.shape[2]),
             query.device,
@@ -87,9 +87,9 @@ class _Observer:
             is_causal=options["is_causal"],
         )
         if self.measure_output:
-            poly, weights = self.state._attend(
-                query, key, value, **{**options, "dropout": 0.0, "return_weights": True}
-            )
+            options |= {"dropout": 0.0, "return_weights": True}
+            poly, weights = self.state._attend(query, key, value, **options)
+            assert weights is not None
             rows = keep.any(-1).expand(query.shape[0], query.shape[1], query.shape[2])
             self.rows += rows[:, 0].sum().item()
             self.softmax_squares += _sum_heads(out.float().square().mean(-1) * rows)

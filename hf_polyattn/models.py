@@ -9,7 +9,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import transformers
 from torch import nn
@@ -23,10 +23,24 @@ from .state import PolyAttentionState
 
 _MODULE = sys.modules[__name__]
 _PREFIX = "Poly"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# the mixins stand before a stock class in the order of bases, which a type checker cannot know
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Config
+    from transformers import PreTrainedModel as _Model
+else:
+    _Config = _Model = object
 
 
-class PolyConfigMixin:
+def _cached(function: _Function) -> _Function:
+    return cast(_Function, functools.cache(function))
+
+
+class PolyConfigMixin(_Config):
     """A stock configuration plus `polyattn`, the dictionary of a PolyAttentionConfig."""
+
+    stock_class: ClassVar[type[PretrainedConfig]]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -45,9 +59,10 @@ class PolyConfigMixin:
         return {**super().to_dict(), "attn_implementation": NAME}
 
 
-class PolyModelMixin:
+class PolyModelMixin(_Model):
     """A stock model whose attention modules carry a `polyattn` child, created before the weights are loaded."""
 
+    stock_class: ClassVar[type[PreTrainedModel]]
     # continuous batching switches a model that claims flash attention over to it by itself
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -119,7 +134,7 @@ def detach(model: PreTrainedModel) -> None:
                 delattr(module, name)
     for inner in model.modules():
         if isinstance(inner, PolyModelMixin):
-            inner.__class__ = type(inner).stock_class
+            inner.__class__ = type(inner).stock_class  # type: ignore[assignment]
             inner.__dict__.pop(RETURN_WEIGHTS, None)
 
 
@@ -171,7 +186,10 @@ def _floating(module: nn.Module, model: PreTrainedModel) -> Any:
 
 
 def _noting_output_attentions(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the attention modules when a call asks for weights: GPT-2's do not pass the argument on."""
+    """Tells the attention modules when a call asks for weights: GPT-2's do not pass the argument on.
+
+    So two threads that use one GPT-2 at a time must agree on output_attentions.
+    """
 
     @functools.wraps(forward)
     def noting(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -186,18 +204,18 @@ def _noting_output_attentions(forward: Callable[..., Any]) -> Callable[..., Any]
     return noting
 
 
-@functools.cache
+@_cached
 def poly_config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The polynomial subclass of a stock configuration class."""
     attributes = {"model_type": STOCK_PREFIX + base.model_type, "__module__": __name__, "stock_class": base}
     return _publish(type(_PREFIX + base.__name__, (PolyConfigMixin, base), attributes))
 
 
-@functools.cache
+@_cached
 def poly_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The polynomial subclass of a stock model class: isinstance with the stock class stays true."""
     attributes = {
-        "config_class": poly_config_class(base.config_class),
+        "config_class": poly_config_class(cast(type[PretrainedConfig], base.config_class)),
         "__module__": __name__,
         "stock_class": base,
         "forward": _noting_output_attentions(base.forward),
@@ -211,11 +229,11 @@ def poly_config(config: PretrainedConfig, settings: PolyAttentionConfig) -> Pret
     out.__class__ = poly_config_class(type(config))
     setattr(out, NAME, settings.to_dict())
     out._attn_implementation = NAME
-    register_models(type(out))
+    register_models(cast(type[PolyConfigMixin], type(out)))
     return out
 
 
-def stock_config(config: PretrainedConfig, implementation: str | None) -> PretrainedConfig:
+def stock_config(config: Any, implementation: str | None) -> PretrainedConfig:
     """Inverse of `poly_config`: a stock configuration without any trace of the patch."""
     out = copy.deepcopy(config)
     out.__class__ = type(config).stock_class
@@ -234,8 +252,8 @@ def register_config(model_type: str) -> None:
     AutoConfig.register(STOCK_PREFIX + model_type, poly_config_class(base), exist_ok=True)
 
 
-@functools.cache
-def register_models(config_class: type[PretrainedConfig]) -> None:
+@_cached
+def register_models(config_class: type[PolyConfigMixin]) -> None:
     """Registers the polynomial twin of each model class with each Auto class that its stock class is in."""
     from transformers.models.auto import modeling_auto
 

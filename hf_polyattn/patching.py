@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,20 +19,15 @@ from .models import (
     PolyModelMixin,
     attach,
     become,
-    chosen_heads,
-    chosen_layers,
     detach,
     poly_config,
     poly_model_class,
     read_settings,
     stock_config,
 )
-from .state import PolyAttentionState
+from .patchable import base_model, check_adapters, check_patchable, check_transformers, unwrap
 
 logger = logging.getLogger(__name__)
-
-TESTED_TRANSFORMERS = ("5.23", "6")
-"""From this version of transformers on, and below that one."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ def patched(
     model: PreTrainedModel, activation: str = "poly", degree: int | None = None, **kwargs: Any
 ) -> Iterator[Any]:
     """`patch_model` for the length of a with block; the model comes out as it went in."""
-    base = _base_model(model)
+    base = base_model(model)
     if isinstance(base, PolyModelMixin):
         raise ValueError(
             "the model is patched already: patched() could not give its learned state back; unpatch it first"
@@ -154,7 +148,7 @@ def patched(
 
 def coverage(model: nn.Module) -> Coverage:
     """Counts, by module and by head, what is polynomial and what is softmax. Print it."""
-    base = _base_model(model)
+    base = base_model(model)
     entry = get_architecture(base.config)
     patched_heads, softmax, heads = {}, [], {}
     for name, module in entry.attention_modules(base):
@@ -168,97 +162,7 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(patched_heads, tuple(softmax), heads, activation)
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError("the model is compiled: patch or unpatch it first, then torch.compile")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _is_fsdp(model):
-        raise ValueError(
-            f"the model is wrapped in {type(model).__name__}: patch or unpatch it first, then wrap or prepare it"
-        )
-    base = _base_model(model)
-    if any(not isinstance(module, PolyAttentionState) for module in _children(base)):
-        raise ValueError(
-            "a PEFT adapter trains the attention state of this model: merge or unload the adapter first, for example "
-            "model = model.merge_and_unload()"
-        )
-    return base
-
-
-def check_adapters(model: nn.Module, base: PreTrainedModel, config: PolyAttentionConfig) -> None:
-    """Raises when an adapter is there already that would not save the state that `config` learns."""
-    adapted = base is not model or getattr(base, "_hf_peft_config_loaded", False)
-    if adapted and (config.coefficients == "learnable" or config.learn_gain or config.learn_affine):
-        raise ValueError(
-            "this PEFT adapter would not save the learned attention state: patch_model first, then get_peft_model "
-            'with modules_to_save=["polyattn"], or patch with nothing learned: coefficients="monomial", or numbers'
-        )
-
-
-def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None:
-    """Raises where a patch would cover nothing, or another part of the model than asked for."""
-    entry = get_architecture(model.config)
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
-            ": it cannot be patched"
-        )
-    modules = dict(entry.attention_modules(model))
-    if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no module of class {', '.join(entry.attention_classes)} to patch"
-        )
-    if missing := [name for name, module in modules.items() if not hasattr(module, "is_causal")]:
-        raise ValueError(f"attention modules without is_causal cannot be masked safely: {missing[:3]}")
-    if unknown := [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() and not any(_related(name, known) for known in modules)
-    ]:
-        raise ValueError(
-            f"the entry of {entry.model_type!r} does not cover {unknown[:3]}: call register_architecture "
-            "with all attention classes, exist_ok=True"
-        )
-    hosts = list(modules.values())
-    for index in chosen_layers(config, len(hosts)):
-        chosen_heads(config, index, entry.num_heads(hosts[index]))
-
-
-def check_transformers(version: str) -> None:
-    """Raises ImportError for a version of transformers that this package was not tested with."""
-    oldest, below = TESTED_TRANSFORMERS
-    if not Version(oldest) <= Version(Version(version).base_version) < Version(below):
-        raise ImportError(
-            f"transformers {version} is outside the range that this version of hf_polyattn was tested with: "
-            f'pip install "transformers>={oldest},<{below}", or upgrade hf_polyattn'
-        )
-
-
-def _related(name: str, known: str) -> bool:
-    """Whether one of two modules is the other, or lies inside it."""
-    return f"{name}.".startswith(f"{known}.") or f"{known}.".startswith(f"{name}.")
-
-
-def _base_model(model: nn.Module) -> PreTrainedModel:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(
-            f"expected a transformers model, got {type(base).__name__}; for plain tensors there is "
-            "hf_polyattn.polynomial_attention"
-        )
-    return base
-
-
-def _is_fsdp(model: nn.Module) -> bool:
-    return any(cls.__name__ in ("FullyShardedDataParallel", "FSDPModule") for cls in type(model).__mro__)
-
-
-def _children(model: nn.Module) -> list[nn.Module]:
-    """The `polyattn` child of each attention module, as it is: a state, or what PEFT has wrapped around it."""
-    return [module._modules[NAME] for module in model.modules() if module._modules.get(NAME) is not None]
-
-
-def _to_polynomial(model: PreTrainedModel, settings: PolyAttentionConfig) -> None:
+def _to_polynomial(model: Any, settings: PolyAttentionConfig) -> None:
     model._polyattn_before = (model.config._attn_implementation, model.name_or_path)
     # an adapter trained from here on must not name the stock checkpoint as its base: it would load there in silence
     model.name_or_path = ""
@@ -268,7 +172,7 @@ def _to_polynomial(model: PreTrainedModel, settings: PolyAttentionConfig) -> Non
     _set_tags(model, [*(model.model_tags or ()), NAME])
 
 
-def _to_softmax(model: PreTrainedModel) -> None:
+def _to_softmax(model: Any) -> None:
     default = ("sdpa" if model._supports_sdpa else "eager", model.name_or_path)
     implementation, model.name_or_path = model.__dict__.pop("_polyattn_before", default)
     detach(model)
@@ -289,15 +193,17 @@ def _swap_config(model: PreTrainedModel, new: PreTrainedConfig) -> None:
     old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:
-            module.config = new
+            setattr(module, "config", new)  # noqa: B010  a plain attribute, though modules may declare others
 
 
 @contextlib.contextmanager
 def _undo_on_error(model: PreTrainedModel) -> Iterator[None]:
     """A failed patch leaves the model as it was: stock, or with the state that an earlier patch has learned."""
-    classes = {module: type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    classes = {inner: type(inner) for inner in model.modules() if isinstance(inner, PreTrainedModel)}
     config, tags = model.config, list(model.model_tags or ())
-    own = {name: model.__dict__[name] for name in ("_polyattn_before", "name_or_path") if name in model.__dict__}
+    own: dict[str, Any] = {
+        name: model.__dict__[name] for name in ("_polyattn_before", "name_or_path") if name in model.__dict__
+    }
     hosts = [module for _, module in get_architecture(config).attention_modules(model)]
     earlier = {module: module._modules[NAME] for module in hosts if hasattr(module, NAME)}
     try:
@@ -305,8 +211,8 @@ def _undo_on_error(model: PreTrainedModel) -> Iterator[None]:
     except BaseException:
         if isinstance(model, PolyModelMixin):
             _to_softmax(model)
-        for module, cls in classes.items():
-            module.__class__ = cls
+        for inner, cls in classes.items():
+            inner.__class__ = cls
         _swap_config(model, config)
         _set_tags(model, tags)
         model.__dict__.update(own)

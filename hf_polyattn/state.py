@@ -1,6 +1,7 @@
 """The child module `polyattn` of a patched attention module: its tensors, how they start, what it computes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ class PolyAttentionState(nn.Module):
         like: dtype and device of the host's parameters.
     """
 
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    gain: torch.Tensor
+    coefficients: torch.Tensor
+    """Not there when phi has none; see `has_coefficients`."""
+
     def __init__(
         self,
         config: PolyAttentionConfig,
@@ -41,12 +48,12 @@ class PolyAttentionState(nn.Module):
         self.activation = check_activation(config)
         self.num_heads = num_heads
         self.chosen = chosen
-        self.rest = None if chosen is None else tuple(h for h in range(num_heads) if h not in chosen)
+        self.rest = tuple(h for h in range(num_heads) if h not in (chosen or range(num_heads)))
         self.spread = spread
         # calibration puts a function of the same signature as `_attend` here while it measures
         self.observer: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None
         heads = num_heads if chosen is None else len(chosen)
-        options = {"dtype": like.dtype, "device": like.device} if like is not None else {}
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device} if like is not None else {}
         for name, learned in (
             ("alpha", config.learn_affine),
             ("beta", config.learn_affine),
@@ -119,37 +126,36 @@ class PolyAttentionState(nn.Module):
         return_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the output [B, H, T, Dv] and, when asked for, the weights [B, H, T, S]."""
-        masking = {"keep": keep, "bias": bias, "is_causal": is_causal, "sliding_window": sliding_window}
+        masking: dict[str, Any] = {
+            "keep": keep,
+            "bias": bias,
+            "is_causal": is_causal,
+            "sliding_window": sliding_window,
+        }
         masking |= {"scaling": scaling, "dropout": dropout, "softcap": softcap, "return_weights": return_weights}
         polynomial = self._attend if self.observer is None else self.observer
         if self.chosen is None:
             return polynomial(query, key, value, **masking)
-        parts = [(self.chosen, polynomial), (self.rest, softmax_attention)]
-        out, weights = None, None
-        for heads, compute in parts:
-            if not heads:
-                continue
+        parts = []
+        for heads, compute in ((self.chosen, polynomial), (self.rest, softmax_attention)):
             index = torch.tensor(heads, device=query.device)
             shared = index // (query.shape[1] // key.shape[1])
-            picked = {name: _pick(masking[name], index) for name in ("keep", "bias")}
-            o, w = compute(query[:, index], key[:, shared], value[:, shared], **{**masking, **picked})
-            if out is None:
-                out = o.new_empty((*query.shape[:3], value.shape[-1]))
-                weights = None if w is None else w.new_empty((*query.shape[:3], key.shape[2]))
-            out = out.index_copy(1, index, o)
-            weights = None if w is None else weights.index_copy(1, index, w)
-        return out, weights
+            masking |= {"keep": _pick(keep, index), "bias": _pick(bias, index)}
+            parts.append(compute(query[:, index], key[:, shared], value[:, shared], **masking))
+        back = torch.tensor((*self.chosen, *self.rest), device=query.device).argsort()
+        outputs, weights = zip(*parts, strict=True)
+        return torch.cat(outputs, 1)[:, back], torch.cat(weights, 1)[:, back] if return_weights else None
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, return_weights: bool, **options: object
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, return_weights: bool, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         config = self.config
-        gain, affine = self.gain, (self.alpha, self.beta)
+        gain, affine = self.gain, (self.alpha, self.beta) if not self._plain_power else None
         if self._plain_power:
             # (alpha s)^p = alpha^p s^p: kernels then take their bare power, without an affine score; wide, because
             # alpha^p leaves float16's range long before the weights do
             wide = torch.promote_types(gain.dtype, torch.float32)
-            gain, affine = gain.to(wide) * self.alpha.to(wide) ** config.degree, None
+            gain = gain.to(wide) * self.alpha.to(wide) ** config.degree
         if config.activation == "softmax" and self._unscaled:
             if config.qk_norm:
                 query, key = rms_normalize(query), rms_normalize(key)
@@ -171,7 +177,7 @@ class PolyAttentionState(nn.Module):
             return_weights=return_weights,
             **options,
         )
-        return out if return_weights else (out, None)
+        return out if isinstance(out, tuple) else (out, None)
 
     def extra_repr(self) -> str:
         config = self.config
@@ -200,15 +206,16 @@ def softmax_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    written_out = return_weights or softcap is not None or bias is not None
-    if sliding_window is not None or (written_out and (is_causal or keep is None)):
-        shape = (query.shape[2], key.shape[2])
-        keep = build_keep(shape, query.device, keep=keep, is_causal=is_causal, sliding_window=sliding_window)
-        is_causal = False
-    if not written_out:
+    plain = not return_weights and softcap is None and bias is None
+    if plain and sliding_window is None:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=keep, dropout_p=dropout, is_causal=is_causal, scale=scaling
         )
+        return out, None
+    shape = (query.shape[2], key.shape[2])
+    keep = build_keep(shape, query.device, keep=keep, is_causal=is_causal, sliding_window=sliding_window)
+    if plain:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout, scale=scaling)
         return out, None
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = scaling * (query.to(wide) @ key.to(wide).transpose(-1, -2))

@@ -145,6 +145,8 @@ def test_frobenius_target_sets_the_norm_of_the_weights():
     weights = head_outputs(model, batch)[0][1]
     # ||A||_F^2 = N for the N rows of all sequences
     assert torch.allclose(weights.square().sum((0, 2, 3)), torch.tensor(64.0).double(), rtol=1e-4)
+    at_once = patch_model(copy.deepcopy(stock), "monomial", calibrate=[batch], target="frobenius")
+    assert torch.equal(output(at_once), output(model))
     with pytest.raises(ValueError, match="target must be one of"):
         calibrate_gain(model, [batch], target="rms")
 

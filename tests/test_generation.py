@@ -131,6 +131,22 @@ def test_sliding_window(recipe):
     assert changed.tolist() == [3 <= position <= 9 for position in range(14)]
 
 
+@pytest.mark.parametrize("recipe", ["poly-tiled", "cube"])
+@pytest.mark.parametrize("family", ["gpt2-cross", "bert-cross"])
+@torch.no_grad()
+def test_pieces_with_cached_encoder_states_equal_the_whole(family, recipe):
+    model = patched_tiny(family, poly=RECIPES[recipe])
+    inputs = batch_for(model, length=9)
+    ids = inputs.pop("input_ids")
+    expected = model(ids, **inputs, use_cache=False).logits
+    cache, logits = None, []
+    for start, end in ((0, 5), (5, 6), (6, 9)):
+        out = model(ids[:, start:end], **inputs, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    assert torch.allclose(torch.cat(logits, 1), expected, **TIGHT)
+
+
 # generate
 
 

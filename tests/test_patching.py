@@ -36,7 +36,7 @@ from hf_polyattn import PolyAttentionConfig, coverage, patch_model, patched, unp
 from hf_polyattn.activations import _REGISTRY as ACTIVATIONS
 from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.models import states
-from hf_polyattn.patching import check_transformers
+from hf_polyattn.patchable import check_transformers
 
 
 def traces(model):
@@ -285,6 +285,10 @@ def test_wrapped_and_compiled_models_are_refused(tmp_path):
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         refuses("DistributedDataParallel: patch or unpatch it first", wrapped)
+        sharded = tiny("gpt2")
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        torch.distributed.fsdp.fully_shard(sharded.transformer.h[0], mesh=mesh)
+        refuses("wrapped in FSDPGPT2Block: patch or unpatch it first", sharded)
     finally:
         torch.distributed.destroy_process_group()
     patch_model(model)

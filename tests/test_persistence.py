@@ -334,6 +334,7 @@ assert torch.allclose(model(ids)[0], reloaded(ids)[0], atol=1e-6)
 def test_unpatched_again_it_saves_as_stock(tmp_path):
     saved(tmp_path / "poly")
     model = unpatch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "poly"))
+    assert model.config.architectures == ["GPT2LMHeadModel"]
     model.save_pretrained(tmp_path / "stock")
     values = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert (values["model_type"], values["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])

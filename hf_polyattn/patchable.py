@@ -1,0 +1,104 @@
+"""What may be patched, and what is refused with the remedy."""
+
+from typing import Any
+
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import get_architecture
+from .attention import NAME
+from .config import PolyAttentionConfig
+from .models import chosen_heads, chosen_layers
+from .state import PolyAttentionState
+
+TESTED_TRANSFORMERS = ("5.23", "6")
+"""From this version of transformers on, and below that one."""
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("the model is compiled: patch or unpatch it first, then torch.compile")
+    for module in model.modules():
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _is_fsdp(module):
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}: patch or unpatch it first, then wrap or prepare it"
+            )
+    base = base_model(model)
+    children = [module._modules.get(NAME) for module in base.modules()]
+    if any(child is not None and not isinstance(child, PolyAttentionState) for child in children):
+        raise ValueError(
+            "a PEFT adapter trains the attention state of this model: merge or unload the adapter first, for example "
+            "model = model.merge_and_unload()"
+        )
+    return base
+
+
+def check_adapters(model: nn.Module, base: PreTrainedModel, config: PolyAttentionConfig) -> None:
+    """Raises when an adapter is there already that would not save the state that `config` learns."""
+    adapted = base is not model or getattr(base, "_hf_peft_config_loaded", False)
+    if adapted and (config.coefficients == "learnable" or config.learn_gain or config.learn_affine):
+        raise ValueError(
+            "this PEFT adapter would not save the learned attention state: patch_model first, then get_peft_model "
+            'with modules_to_save=["polyattn"], or patch with nothing learned: coefficients="monomial", or numbers'
+        )
+
+
+def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None:
+    """Raises where a patch would cover nothing, or another part of the model than asked for."""
+    entry = get_architecture(model.config)
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
+            ": it cannot be patched"
+        )
+    modules = dict(entry.attention_modules(model))
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no module of class {', '.join(entry.attention_classes)} to patch"
+        )
+    if missing := [name for name, module in modules.items() if not hasattr(module, "is_causal")]:
+        raise ValueError(f"attention modules without is_causal cannot be masked safely: {missing[:3]}")
+    if unknown := [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() and not any(_related(name, known) for known in modules)
+    ]:
+        raise ValueError(
+            f"the entry of {entry.model_type!r} does not cover {unknown[:3]}: call register_architecture "
+            "with all attention classes, exist_ok=True"
+        )
+    hosts = list(modules.values())
+    for index in chosen_layers(config, len(hosts)):
+        chosen_heads(config, index, entry.num_heads(hosts[index]))
+
+
+def check_transformers(version: str) -> None:
+    """Raises ImportError for a version of transformers that this package was not tested with."""
+    oldest, below = TESTED_TRANSFORMERS
+    if not Version(oldest) <= Version(Version(version).base_version) < Version(below):
+        raise ImportError(
+            f"transformers {version} is outside the range that this version of hf_polyattn was tested with: "
+            f'pip install "transformers>={oldest},<{below}", or upgrade hf_polyattn'
+        )
+
+
+def _related(name: str, known: str) -> bool:
+    """Whether one of two modules is the other, or lies inside it."""
+    return f"{name}.".startswith(f"{known}.") or f"{known}.".startswith(f"{name}.")
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The PreTrainedModel itself, or the one inside a PEFT model; TypeError for anything else."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers model, got {type(base).__name__}; for plain tensors there is "
+            "hf_polyattn.polynomial_attention"
+        )
+    return base
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    return any(cls.__name__ in ("FullyShardedDataParallel", "FSDPModule") for cls in type(model).__mro__)

@@ -1,0 +1,150 @@
+"""Promises about the project as a whole: what an import costs, who imports whom, what the files do not say."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_polyattn"
+LAZY = ("triton", "peft", "datasets", "evaluate", "matplotlib")
+
+
+def project_files() -> list[Path]:
+    """Every file that is, or could be, committed."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [path for line in listed.stdout.splitlines() if (path := ROOT / line).is_file()]
+    hidden = (".venv", "build", "dist", "demo", "runs", "__pycache__")
+    return [p for p in ROOT.rglob("*") if p.is_file() and not set(p.relative_to(ROOT).parts) & set(hidden)]
+
+
+def top_imports(path: Path) -> set[str]:
+    """Names of the modules that a file imports anywhere, relative ones without their dots."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.fixture(scope="module")
+def fresh_import() -> dict[str, object]:
+    """What `import hf_polyattn` loads and costs in a new process, once Transformers is there."""
+    code = """
+import json, sys, time
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, CONFIG_MAPPING, PreTrainedModel
+import transformers.masking_utils, transformers.initialization
+start = time.process_time()
+import hf_polyattn
+print(json.dumps({"cpu_seconds": time.process_time() - start, "modules": sorted(sys.modules)}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    import json
+
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_import_leaves_optional_packages_alone(fresh_import, name):
+    assert name not in fresh_import["modules"]
+
+
+def test_import_adds_little_to_transformers(fresh_import):
+    # processor seconds, and ten times what an idle machine needs: a busy one must not fail here
+    assert fresh_import["cpu_seconds"] < 1.5
+
+
+def test_ops_know_nothing_of_transformers():
+    for path in (PACKAGE / "ops").glob("*.py"):
+        foreign = {name for name in top_imports(path) if name.split(".")[0] in ("transformers", "accelerate")}
+        assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_config_needs_no_torch():
+    assert not {"torch", "transformers"} & top_imports(PACKAGE / "config.py")
+
+
+def test_package_imports_no_recipe():
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.split(".")[0] == "recipes" for name in top_imports(path)), path
+
+
+def test_modules_are_small():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 500, path
+
+
+def test_version_is_written_once():
+    version = importlib.metadata.version("hf-polyattn")
+    holders = [p for p in project_files() if p.suffix == ".py" and "__version__ =" in p.read_text(encoding="utf-8")]
+    assert [p.relative_to(ROOT).as_posix() for p in holders if p != Path(__file__)] == ["hf_polyattn/_version.py"]
+    assert f'"{version}"' in (PACKAGE / "_version.py").read_text(encoding="utf-8")
+    assert version not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# put together here, so that this file does not contain them
+FORBIDDEN = [
+    re.escape("/" + "work/"),
+    re.escape("/" + "tmp/"),
+    re.escape("/" + "root/"),
+    re.escape("/" + "home/"),
+    re.escape("/opt/" + "wheels"),
+    re.escape("../" + "shared"),
+    "py" + r"pi\.org",
+    "python" + "hosted",
+    "download" + r"\.pytorch",
+]
+
+
+def test_no_path_of_a_machine_and_no_registry_host():
+    pattern = re.compile("|".join(FORBIDDEN))
+    found = []
+    for path in project_files():
+        if path.suffix in (".png", ".safetensors", ".npz"):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert not found, "\n".join(found)
+
+
+def pins() -> dict[str, str]:
+    """Name -> version in constraints.txt (the last one where Python versions differ)."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [re.match(r"([A-Za-z0-9_.-]+)==([^ ;]+)", line) for line in lines if line and not line.startswith("#")]
+    assert all(found), "constraints.txt holds a line that is no pin"
+    return {m.group(1).lower().replace("_", "-"): m.group(2) for m in found if m}
+
+
+def test_every_direct_dependency_is_pinned():
+    required = importlib.metadata.requires("hf-polyattn") or []
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("_", "-") for line in required}
+    assert names <= set(pins()), sorted(names - set(pins()))
+
+
+def test_pins_name_no_package_of_a_device():
+    assert not [name for name in pins() if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "Makefile", ".ci/run"])
+def test_first_screen_is_there(name):
+    assert (ROOT / name).stat().st_size > 100
+
+
+def test_license_is_the_one_in_the_metadata():
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert importlib.metadata.metadata("hf-polyattn")["License-Expression"] == "Apache-2.0"
+
+
+def test_ci_is_executable():
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
