@@ -28,7 +28,7 @@ from hf_polyattn.training.arguments import (
     parse_arguments,
 )
 from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
-from hf_polyattn.training.lora import add_lora, resume_lora
+from hf_polyattn.training.lora import BASE, add_lora, resume_lora
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
 from hf_polyattn.training.models import build_model, replace_attention
 from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict:
     total_steps = optimization.total_steps(None if text.streaming else len(train))
 
     # a new run: checkpoint -> polynomial attention -> adapters; a resumed one: all three from its last checkpoint
-    base = run.out / "base"
+    base = run.out / BASE
     resumed_base = (base if base.exists() else None) if lora.lora_r else run.checkpoint
     model = build_model(
         AutoModelForCausalLM,
@@ -190,8 +190,9 @@ def main(argv: list[str] | None = None) -> dict:
                 optimizer.step()
                 optimizer.zero_grad()
         tokens = tokens_in_step(accelerator, micro_batches)
-        epoch = step * optimization.batch_size / len(train) if not text.streaming else 0.0
-        run.log(step, tokens, epoch=epoch, loss=loss, learning_rate=learning_rate, gradient_norm=norm)
+        # a stream has no length
+        epoch = {} if text.streaming else {"epoch": step * optimization.batch_size / len(train)}
+        run.log(step, tokens, **epoch, loss=loss, learning_rate=learning_rate, gradient_norm=norm)
 
         score = None
         if run.is_due(run_args.eval_steps, step, total_steps):

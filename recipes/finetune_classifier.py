@@ -30,7 +30,7 @@ from hf_polyattn.training.arguments import (
     parse_arguments,
 )
 from hf_polyattn.training.data import load_rows, split_from_end, stdlib_files, texts_of
-from hf_polyattn.training.lora import add_lora, resume_lora
+from hf_polyattn.training.lora import BASE, add_lora, resume_lora
 from hf_polyattn.training.losses import labels_in_step, step_loss, tokens_in_step
 from hf_polyattn.training.metrics import Classification, Regression
 from hf_polyattn.training.models import build_model, replace_attention
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> dict:
     collate = DataCollatorWithPadding(tokenizer)
 
     # a new run: checkpoint -> polynomial attention -> adapters; a resumed one: all three from its last checkpoint
-    base = run.out / "base"
+    base = run.out / BASE
     resumed_base = (base if base.exists() else None) if lora.lora_r else run.checkpoint
     heads = (
         {"num_labels": 1}

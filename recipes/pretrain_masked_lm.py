@@ -125,8 +125,9 @@ def main(argv: list[str] | None = None) -> dict:
                 optimizer.step()
                 optimizer.zero_grad()
         tokens = tokens_in_step(accelerator, micro_batches)
-        epoch = step * optimization.batch_size / len(train) if not text.streaming else 0.0
-        run.log(step, tokens, epoch=epoch, loss=loss, learning_rate=learning_rate, gradient_norm=norm)
+        # a stream has no length
+        epoch = {} if text.streaming else {"epoch": step * optimization.batch_size / len(train)}
+        run.log(step, tokens, **epoch, loss=loss, learning_rate=learning_rate, gradient_norm=norm)
 
         score = None
         if run.is_due(run_args.eval_steps, step, total_steps):

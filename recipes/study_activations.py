@@ -30,10 +30,23 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "softmax": ("softmax", "--activation softmax"),
     "poly": ("degree 3, defaults", "--activation poly"),
     "softmax-qk": ("softmax, QK-norm", "--activation softmax --qk_norm true"),
-    "poly-qk": ("degree 3, defaults, QK-norm", "--activation poly --qk_norm true"),
+    "poly-qk": (
+        "degree 3, QK-norm, l1, starts as exp",
+        "--activation poly --qk_norm true --normalization l1 --init_coefficients 1 1 0.5 0.1667",
+    ),
+    "softmax-spread": ("softmax, scores start at spread 1", "--activation softmax --score_spread 1"),
+    "poly-spread": ("degree 3, defaults, scores start at spread 1", "--activation poly --score_spread 1"),
     "monomial": ("s^3/sqrt(n) as published", "--activation monomial --calibrate_batches 0"),
     "monomial-calibrated": ("s^3, calibrated", "--activation monomial"),
     "monomial-gain": ("s^3, calibrated, learnable gain", "--activation monomial --learn_gain true"),
+    "monomial-spread": (
+        "s^3/sqrt(n), scores start at spread 1, learnable gain",
+        "--activation monomial --score_spread 1 --gain 0.258 --learn_gain true --calibrate_batches 0",
+    ),
+    "monomial-mean": (
+        "s^3/sqrt(n), scores start at mean 1, learnable gain",
+        "--activation monomial --score_mean 1 --gain 0.2 --learn_gain true --calibrate_batches 0",
+    ),
     "degree-1": ("degree 1, coefficients", "--activation poly --degree 1"),
     "degree-2": ("degree 2, coefficients", "--activation poly --degree 2"),
     "degree-4": ("degree 4, coefficients", "--activation poly --degree 4"),
@@ -111,14 +124,16 @@ def table(rows: list[dict[str, str]]) -> str:
     for row in rows:
         losses.setdefault(row["variant"], {})[row["seed"]] = float(row["validation_loss"])
     lines = [
-        "| attention | validation loss, mean ± standard deviation | minus softmax, same seeds | seeds |",
+        "| attention | validation loss, mean ± standard deviation | minus its softmax twin, same seeds | seeds |",
         "|---|---|---|---|",
     ]
     for name, (label, _) in VARIANTS.items():
         if name not in losses:
             continue
         values = losses[name]
-        twin = losses.get("softmax-qk" if name.endswith("-qk") else "softmax", {})
+        # the fair twin has the same extras
+        extra = next((word for word in ("-qk", "-spread") if name.endswith(word)), "")
+        twin = losses.get("softmax" + extra, {})
         paired = [value - twin[seed] for seed, value in values.items() if seed in twin]
         spread = f" ± {statistics.stdev(values.values()):.4f}" if len(values) > 1 else ""
         difference = f"{statistics.mean(paired):+.4f}" if paired else ""

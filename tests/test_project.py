@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -35,9 +36,8 @@ def top_imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.fixture(scope="module")
-def fresh_import() -> dict[str, object]:
-    """What `import hf_polyattn` loads and costs in a new process, once Transformers is there."""
+def test_import_is_cheap_and_leaves_optional_packages_alone():
+    """In a new process, once Transformers is there."""
     code = """
 import json, sys, time
 import torch
@@ -48,19 +48,10 @@ import hf_polyattn
 print(json.dumps({"cpu_seconds": time.process_time() - start, "modules": sorted(sys.modules)}))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    import json
-
-    return json.loads(result.stdout)
-
-
-@pytest.mark.parametrize("name", LAZY)
-def test_import_leaves_optional_packages_alone(fresh_import, name):
-    assert name not in fresh_import["modules"]
-
-
-def test_import_adds_little_to_transformers(fresh_import):
-    # processor seconds, and ten times what an idle machine needs: a busy one must not fail here
-    assert fresh_import["cpu_seconds"] < 1.5
+    report = json.loads(result.stdout)
+    assert not set(LAZY) & set(report["modules"])
+    # processor seconds, several times what it takes: a busy machine must not fail here
+    assert report["cpu_seconds"] < 1.0
 
 
 def test_ops_know_nothing_of_transformers():

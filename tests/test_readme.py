@@ -93,7 +93,7 @@ def skeleton(text: str) -> set[str]:
 
 KEY_LINES = [
     r"^text: the standard library of Python #, # byte-level BPE tokens; # blocks of # to train on",
-    r"^softmax softmax: GPT2LMHeadModel as it is, # parameters$",
+    r"^softmax softmax: GPT#LMHeadModel as it is, # parameters$",
     r"^cubic poly: patched # of # attention modules \(# of # heads\), # parameters$",
     r"^softmax step #/# validation loss #$",
     r"^cubic step #/# validation loss #$",

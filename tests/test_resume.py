@@ -3,8 +3,11 @@
 import itertools
 import json
 import os
+import pickle
+import shutil
 
 import pytest
+import torch
 import yaml
 from recipe_runs import die, in_fork, metrics, run_recipe, write_text
 
@@ -146,7 +149,7 @@ def test_what_cannot_be_resumed_is_refused(whole, arguments, tmp_path):
     with pytest.raises(ValueError, match="learning_rate: 0.001 -> 0.5"):
         run_recipe("pretrain_causal_lm", whole, *arguments, "--resume", "--learning_rate", 0.5)
     copy = tmp_path / "copy"
-    os.system(f"cp -r {whole} {copy}")
+    shutil.copytree(whole, copy, symlinks=True)
     weights = copy / "last" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match="missing or cut"):
@@ -162,13 +165,44 @@ def test_checkpoint_says_how_it_was_made(whole, text):
     position = json.loads((whole / "last" / "position.json").read_text())
     assert position["step"] == 12
     assert "model.safetensors" in position["files"]
-    # weights are stored once, and none of the files can run code when loaded
+    # weights are stored once
     assert not (whole / "last" / "state" / "model.safetensors").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os._exit, (66,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_checkpoint_cannot_run_code(whole, arguments, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy, symlinks=True)
+    torch.save(Evil(), copy / "last" / "state" / name)
+    position = copy / "last" / "position.json"
+    values = json.loads(position.read_text())
+    values["files"][f"state/{name}"] = (copy / "last" / "state" / name).stat().st_size
+    position.write_text(json.dumps(values))
+
+    def child():
+        with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+            run_recipe("pretrain_causal_lm", copy, *arguments, "--resume")
+
+    assert in_fork(child) == 0
+
+
+def test_new_run_starts_with_empty_metrics(tmp_path, text):
+    """What a run that died before its first checkpoint has left does not mix with the next one."""
+    arguments = [*STEPS, *GPT2, "--dataset", text]
+    run_and_die("pretrain_causal_lm", tmp_path, arguments, in_step(2))
+    assert list(metrics(tmp_path)) == [1, 2]
+    run_recipe("pretrain_causal_lm", tmp_path, *arguments, "--max_steps", 1)
+    assert list(metrics(tmp_path)) == [1]
 
 
 def test_random_state_that_does_not_come_back_is_noticed(whole, arguments, tmp_path):
     copy = tmp_path / "copy"
-    os.system(f"cp -r {whole} {copy}")
+    shutil.copytree(whole, copy, symlinks=True)
     states = copy / "last" / "state" / "random_states_0.pkl"
     states.write_bytes(b"x" * states.stat().st_size)
     with pytest.raises(RuntimeError, match="random state"):

@@ -1,5 +1,6 @@
 """Arguments of the recipes: dataclasses whose field docs are the help; a YAML file first, the command line on top."""
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -182,7 +183,7 @@ class OptimizationArguments:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: not at all."""
-    polyattn_learning_rate_multiplier: float = 10.0
+    polyattn_learning_rate_multiplier: float = 1.0
     """Learning rate of coefficients and gains, relative to the others'."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Empty: what accelerate launch or its configuration says."""
@@ -264,6 +265,13 @@ class RunArguments:
 Group = Any
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The recipe's own header as it is, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_arguments(
     argv: Sequence[str] | None, groups: Sequence[type], description: str | None = None
 ) -> tuple[Group, ...]:
@@ -278,7 +286,11 @@ def parse_arguments(
     for group in groups:
         add_help(group)
     parser = HfArgumentParser(
-        list(groups), usage="%(prog)s [CONFIG.yaml] [--name value ...]", description=description, allow_abbrev=False
+        groups,  # type: ignore[arg-type]
+        usage="%(prog)s [CONFIG.yaml] [--name value ...]",
+        description=description,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
     known = [field.name for group in groups for field in dataclasses.fields(group)]
     values: dict[str, Any] = {}
@@ -319,7 +331,7 @@ def add_help(group: type) -> type:
                     options |= {"nargs": "?", "const": True}
                 fields[name].metadata = MappingProxyType({**fields[name].metadata, **options})
     if group.__doc__ and "_argument_group_name" not in vars(group):
-        group._argument_group_name = " ".join(group.__doc__.split())  # type: ignore[attr-defined]
+        group._argument_group_name = " ".join(group.__doc__.split()).rstrip(".")  # type: ignore[attr-defined]
     return group
 
 

@@ -103,7 +103,8 @@ def read_position(folder: Path) -> dict[str, Any]:
 def load_state(accelerator: Accelerator, folder: Path) -> None:
     """Optimizer and random states back into what `accelerator.prepare` returned; the model is loaded by build_model.
 
-    accelerate reads with weights_only=True, so a checkpoint cannot run code.
+    accelerate reads with weights_only=True, so that these files cannot run code. The shards of FSDP and DeepSpeed are
+    pickles beyond our control: resume only runs of your own under those.
     Raises RuntimeError when the number of processes changed or a random state did not come back.
     """
     digests = read_position(folder)["random_states"]

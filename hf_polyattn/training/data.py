@@ -94,7 +94,7 @@ def texts_of(*data_sets: Dataset | IterableDataset, columns: Sequence[str] = ("t
                 yield row[column]
 
 
-def split_from_end(rows: Dataset, fraction: float, text_column: str | None = None) -> tuple[Dataset, Dataset]:
+def split_from_end(rows: Dataset, fraction: float, text_column: str = "") -> tuple[Dataset, Dataset]:
     """The last `fraction` of the rows, or of the characters where there is a single text."""
     if len(rows) == 1 and text_column in rows.column_names:
         text = rows[0][text_column]

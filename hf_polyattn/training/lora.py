@@ -1,5 +1,6 @@
 """Adapters through PEFT: low rank on the projections, the attention's learned state trained and saved in full."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..models import PolyModelMixin
 from .arguments import LoraArguments
 
 ADAPTER = "adapter_model.safetensors"
+BASE = "base"
+"""Folder below a run's own where the patched base model of an adapter lies."""
 TARGETS = {
     "gpt2": ["attn.c_attn", "attn.c_proj"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -32,10 +35,12 @@ def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArgumen
     targets = args.lora_target_modules or TARGETS.get(model_type)
     if targets is None:
         raise ValueError(f"no default LoRA targets for {model_type!r}: set lora_target_modules")
-    if isinstance(model, PolyModelMixin):
-        if accelerator.is_main_process:
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(model, PolyModelMixin):
             model.save_pretrained(folder)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    if isinstance(model, PolyModelMixin):
         model.name_or_path = str(folder)
     learned = learned_state(model)
     classifies = "ForSequenceClassification" in type(model).__name__

@@ -42,7 +42,7 @@ def build_model(
         model = auto_class.from_pretrained(args.model, dtype=torch.float32, **overrides)
     else:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = AutoConfig.for_model(args.model_type, **{"vocab_size": len(tokenizer), **special, **overrides})
+        config = AutoConfig.for_model(str(args.model_type), **{"vocab_size": len(tokenizer), **special, **overrides})
         if block_size and not {"max_position_embeddings", "n_positions"} & set(overrides):
             config.max_position_embeddings = block_size
         model = auto_class.from_config(config, dtype=torch.float32)
@@ -86,11 +86,11 @@ def replace_attention(
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
     target = args.calibration_target or ("output_rms" if model.name_or_path else "frobenius")
     home = model.device
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]
     # the random state is that of a softmax twin afterwards, whatever calibration draws
     with torch.random.fork_rng():
         model = patch_model(model, activation, calibrate=batches or None, target=target, **options)
-    return model.to(home)
+    return model.to(home)  # type: ignore[arg-type]
 
 
 def _options_of_a_twin(activation: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import Group, OptimizationArguments, RunArguments, as_yaml
 from .checkpoint import PARTIAL, find_last, load_state, prune, read_position, register_hooks, save_checkpoint
-from .lora import load_trained
+from .lora import BASE, load_trained
 from .losses import Loss
 from .models import print_once
 from .nonfinite import NOT_REPEATABLE, REMEDY, NonFiniteError, find_nonfinite
@@ -141,8 +141,10 @@ class Run:
         print_once(f"resuming from step {self.first_step} in {folder}")
 
     def _cut_metrics(self) -> None:
-        """Drops the lines of steps that will be done again."""
+        """Drops the lines of steps that will be done again; all of them where nothing is resumed."""
         path = self.out / "metrics.jsonl"
+        if self.checkpoint is None:
+            path.unlink(missing_ok=True)
         if not path.exists():
             return
         lines = []
@@ -291,7 +293,7 @@ class Run:
         """Publishes what was saved, adapters merged into their base, so that it loads by itself."""
         name = self.args.hub_model_id or self.out.resolve().name
         model = load_trained(auto_class, self.out / "best")
-        model.push_to_hub(name, private=self.args.hub_private)
+        model.push_to_hub(name, private=self.args.hub_private)  # type: ignore[arg-type]
         tokenizer.push_to_hub(name, private=self.args.hub_private)
 
 
@@ -317,8 +319,8 @@ def _remove_run(out: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in the folder."""
     for link in (out / "last", out / "best"):
         link.unlink(missing_ok=True)
-    for folder in out.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+    for folder in [*out.glob("checkpoint-*"), out / BASE]:
+        shutil.rmtree(folder, ignore_errors=True)
     for name in ("metrics.jsonl", "results.json"):
         (out / name).unlink(missing_ok=True)
 
