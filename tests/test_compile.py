@@ -44,10 +44,12 @@ def test_compiled_models_have_no_graph_breaks_and_equal_values(family, auto, pol
 
 def test_compiled_model_gives_attention_maps_when_asked():
     model = build("gpt2", AutoModel)
+    # Transformers puts its recording hooks on under a lock, which cannot be compiled
+    expected = model(**batch_for(model), output_attentions=True).attentions
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for asked in (False, True):
         attentions = compiled(**batch_for(model), use_cache=False, output_attentions=asked).attentions
-        assert (len(attentions) == 1) if asked else attentions is None
+        assert torch.allclose(attentions[0], expected[0]) if asked else attentions is None
 
 
 @pytest.mark.slow
