@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model: a polynomial checkpoint as it is, a stock one patched first.
+r"""Fine-tune a causal language model: a polynomial checkpoint as it is, a stock one patched first.
 
     accelerate launch recipes/finetune_causal_lm.py CONFIG.yaml --model openai-community/gpt2 --dataset my_text.txt
     accelerate launch recipes/finetune_causal_lm.py CONFIG.yaml --dataset pairs.json --prompt_column question \
@@ -6,6 +6,7 @@
 
 Plain text is packed into blocks. With a prompt and a completion column each row is one sequence, and only the
 completion carries a loss. --lora_r 8 trains adapters and the attention's learned state instead of all weights.
+debug_cpu.yaml goes on from pretrain_causal_lm's for 10 steps: seconds. metrics.jsonl starts with the loss before them.
 """
 
 import math

@@ -3,7 +3,9 @@
     accelerate launch recipes/pretrain_causal_lm.py recipes/configs/pretrain_causal_lm/stdlib_gpt2_demo.yaml
     accelerate launch recipes/pretrain_causal_lm.py CONFIG.yaml --activation softmax --output_dir runs/softmax
 
-The default data is the source of the running Python's standard library: nothing is downloaded.
+The default data is the source of the running Python's standard library: nothing is downloaded. debug_cpu.yaml takes
+seconds (validation loss 5.5 to 5.0 in 20 steps), stdlib_gpt2_demo.yaml a few minutes on one CPU core,
+shakespeare_char_0.8m.yaml about 4 (softmax 1.88 to 1.90). OUT/results.json holds the numbers, OUT/best the model.
 """
 
 import math

@@ -3,7 +3,8 @@
     accelerate launch recipes/pretrain_masked_lm.py recipes/configs/pretrain_masked_lm/stdlib_bert_small.yaml
     accelerate launch recipes/pretrain_masked_lm.py CONFIG.yaml --activation softmax --output_dir runs/softmax
 
-The default data is the source of the running Python's standard library: nothing is downloaded.
+The default data is the source of the running Python's standard library: nothing is downloaded. debug_cpu.yaml takes
+seconds (validation loss 5.5 to 5.1 in 20 steps). OUT/results.json holds the numbers, OUT/best the model.
 """
 
 import math
