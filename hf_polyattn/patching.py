@@ -75,8 +75,8 @@ def patch_model(
         config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.
         calibrate: batches (dictionaries of model inputs, or tensors of input ids) from which the score spread and the
             size of softmax's output are measured for each head; alpha and gain are set from them.
-        target: of calibration. "output_rms", the size of softmax's output, loses least on a pretrained checkpoint;
-            "frobenius", ‖A‖_F = sqrt N, trains better from scratch.
+        target: of calibration. "output_rms", the size of softmax's output, loses least on a pretrained checkpoint and
+            is the safe start of a new model; "frobenius", ‖A‖_F = sqrt N, can train better at low learning rates.
         **options: fields of PolyAttentionConfig, such as normalization="length", qk_norm=True, layers=[0, 1],
             heads={2: [0, 3]}, coefficients="monomial".
     Returns:

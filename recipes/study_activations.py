@@ -29,6 +29,7 @@ RESULTS = HERE / "results"
 VARIANTS: dict[str, tuple[str, str]] = {
     "softmax": ("softmax", "--activation softmax"),
     "poly": ("degree 3, defaults", "--activation poly"),
+    "poly-frobenius": ("degree 3, starts at ‖A‖_F = sqrt(N)", "--activation poly --calibration_target frobenius"),
     "softmax-qk": ("softmax, QK-norm", "--activation softmax --qk_norm true"),
     "poly-qk": (
         "degree 3, QK-norm, l1, starts as exp",

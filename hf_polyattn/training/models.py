@@ -84,12 +84,11 @@ def replace_attention(
         return model
     batches = batches if is_polynomial else ()
     batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
-    target = args.calibration_target or ("output_rms" if model.name_or_path else "frobenius")
     home = model.device
     model.to(device)  # type: ignore[arg-type]
     # the random state is that of a softmax twin afterwards, whatever calibration draws
     with torch.random.fork_rng():
-        model = patch_model(model, activation, calibrate=batches or None, target=target, **options)
+        model = patch_model(model, activation, calibrate=batches or None, target=args.calibration_target, **options)
     return model.to(home)  # type: ignore[arg-type]
 
 
