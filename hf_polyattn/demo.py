@@ -128,7 +128,7 @@ def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None
             block_size=size.block_size,
             batch_size=size.batch_size,
             evaluations=min(size.evaluations, steps),
-            learning_rate=6e-3,
+            learning_rate=2e-3,
             model_config=size.model_config,
         )
         for name, degree in (("softmax", 0), ("cubic", 3))
