@@ -12,7 +12,6 @@ import csv
 import datetime
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -91,20 +90,30 @@ def time_shape(shape: str, repeats: int, device: torch.device) -> dict[str, list
 
 
 def peak_mib(shape: str, candidate: str, device: str) -> float:
-    """Peak memory of three steps in a process of their own: allocated on a GPU, resident growth on a CPU."""
+    """Peak memory of three steps in a fresh process: allocated on a GPU, growth of the resident set on a CPU (Linux)."""
     command = [sys.executable, __file__, "--memory_of", shape, candidate, "--device", device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def print_memory(shape: str, candidate: str, device: torch.device) -> None:
     step = build_step(shape, candidate, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        for _ in range(3):
+            step()
+        print(torch.cuda.max_memory_allocated() / 2**20)
+        return
+    # importing has a higher peak than a small step: Linux can start the count anew
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_kib("VmRSS")
     for _ in range(3):
         step()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident_kib("VmHWM") - before) / 1024)
+
+
+def resident_kib(field: str) -> int:
+    """VmRSS, resident now, or VmHWM, its peak, of this process (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> None:
