@@ -90,7 +90,7 @@ def time_shape(shape: str, repeats: int, device: torch.device) -> dict[str, list
 
 
 def peak_mib(shape: str, candidate: str, device: str) -> float:
-    """Peak memory of three steps in a fresh process: allocated on a GPU, growth of the resident set on a CPU (Linux)."""
+    """Peak memory of three steps in a fresh process: allocated on a GPU, growth of the resident set on a CPU."""
     command = [sys.executable, __file__, "--memory_of", shape, candidate, "--device", device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
