@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    commands.add_parser("doctor", help="say which forms of the operation this machine has, and why not the others")
     return parser
 
 

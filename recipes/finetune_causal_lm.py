@@ -5,37 +5,23 @@ r"""Fine-tune a causal language model: a polynomial checkpoint as it is, a stock
         --completion_column answer
 
 Plain text is packed into blocks. With a prompt and a completion column each row is one sequence, and only the
-completion carries a loss. --lora_r 8 trains adapters and the attention's learned state instead of all weights.
+completion carries a loss. --lora_r 8 trains adapters and the attention's learned state instead of all weights; the
+model they belong to is saved once, in OUT/base, and they name its absolute path, so that OUT must stay where it is.
 debug_cpu.yaml goes on from pretrain_causal_lm's for 10 steps: seconds. metrics.jsonl starts with the loss before them.
 """
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-from accelerate.utils import set_seed
-from datasets import Dataset
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-
-from hf_polyattn.training.arguments import (
+from hf_polyattn_arguments import (
     AttentionArguments,
     LoraArguments,
     ModelArguments,
     OptimizationArguments,
     RunArguments,
     TextArguments,
+    answer_help,
     parse_arguments,
 )
-from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
-from hf_polyattn.training.lora import BASE, add_lora, resume_lora
-from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
-from hf_polyattn.training.models import build_model, replace_attention
-from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
-from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
-from hf_polyattn.training.run import Run, start_accelerator
-from hf_polyattn.training.tokenizers import load_tokenizer
 
 
 @dataclass
@@ -66,6 +52,25 @@ GROUPS = (
     OptimizationArguments,
     RunArguments,
 )
+answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+
+import math
+from functools import partial
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
+from hf_polyattn.training.lora import BASE, add_lora, resume_lora
+from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
+from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
+from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
+from hf_polyattn.training.run import Run, start_accelerator
+from hf_polyattn.training.tokenizers import load_tokenizer
 
 
 def encode_pairs(rows: Dataset, args: FinetuneTextArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -129,14 +134,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     # a new run: checkpoint -> polynomial attention -> adapters; a resumed one: all three from its last checkpoint
     base = run.out / BASE
-    resumed_base = (base if base.exists() else None) if lora.lora_r else run.checkpoint
     model = build_model(
         AutoModelForCausalLM,
         model_args,
         tokenizer,
         optimization.seed,
         text.block_size,
-        checkpoint=resumed_base if run.checkpoint else None,
+        checkpoint=base if run.checkpoint and lora.lora_r else run.checkpoint,
     )
     if run.checkpoint is None:
         batches = first_inputs(
@@ -144,8 +148,8 @@ def main(argv: list[str] | None = None) -> dict:
             optimization.batch_size,
             collate,
             ["input_ids", "attention_mask"],
-            steps=attention.calibrate_batches,
-            parts=optimization.gradient_accumulation_steps,
+            steps=attention.calibration_batches(model_args),
+            parts=optimization.gradient_accumulation_steps * accelerator.num_processes,
         )
         model = replace_attention(model, attention, batches, accelerator.device)
     if lora.lora_r:

@@ -6,42 +6,21 @@
 Data sets: CSV, TSV, JSON or parquet files, Hub names, or stdlib_lines: lines of the running Python's standard
 library, label 1 for the text of a comment (its # removed), 0 for code. debug_cpu.yaml does that in seconds;
 --max_steps 90 reached an accuracy of .82 and .85 with two cubic seeds and .53, the larger class, with a third; the
-softmax twin .82.
+softmax twin .82. With --lora_r the adapters name the absolute path of OUT/base, so that OUT must stay where it is.
 """
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from datasets import Dataset
-from torch import nn
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
-
-from hf_polyattn.training.arguments import (
+from hf_polyattn_arguments import (
     AttentionArguments,
     LoraArguments,
     ModelArguments,
     OptimizationArguments,
     RunArguments,
+    answer_help,
+    check_numbers,
     parse_arguments,
 )
-from hf_polyattn.training.data import load_rows, split_from_end, stdlib_files, texts_of
-from hf_polyattn.training.lora import BASE, add_lora, resume_lora
-from hf_polyattn.training.losses import labels_in_step, step_loss, tokens_in_step
-from hf_polyattn.training.metrics import Classification, Regression
-from hf_polyattn.training.models import build_model, replace_attention
-from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
-from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
-from hf_polyattn.training.run import Run, start_accelerator
-from hf_polyattn.training.tokenizers import load_tokenizer
-
-SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token")
 
 
 @dataclass
@@ -81,6 +60,11 @@ class LabelledTextArguments:
     num_workers: int = 0
     """Worker processes that load data, for each training process."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "validation_fraction", above=0, below=1)
+        check_numbers(self, "max_train_samples", "max_validation_samples", "max_length", at_least=1)
+        check_numbers(self, "num_workers", at_least=0)
+
 
 GROUPS = (
     ModelArguments,
@@ -90,6 +74,33 @@ GROUPS = (
     OptimizationArguments,
     RunArguments,
 )
+answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+
+import itertools
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from hf_polyattn.evaluating import evaluating
+from hf_polyattn.training.data import load_rows, split_from_end, stdlib_files, texts_of
+from hf_polyattn.training.lora import BASE, add_lora, resume_lora
+from hf_polyattn.training.losses import labels_in_step, step_loss, tokens_in_step
+from hf_polyattn.training.metrics import Classification, Regression
+from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
+from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
+from hf_polyattn.training.run import Run, start_accelerator
+from hf_polyattn.training.tokenizers import load_tokenizer
+
+SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token")
 
 
 def load_labelled(args: LabelledTextArguments) -> tuple[Dataset, Dataset]:
@@ -165,17 +176,16 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Mean loss and the task's metrics over all rows of `loader`, each once."""
-    model.eval()
     losses, predictions, references = [], [], []
-    for batch in loader:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = model(**inputs).logits
-        regression = batch["labels"].is_floating_point()
-        guess = logits.float().squeeze(-1) if regression else logits.argmax(-1)
-        gathered = accelerator.gather_for_metrics((label_losses(logits, batch["labels"]), guess, batch["labels"]))
-        for values, parts in zip((losses, predictions, references), gathered, strict=True):
-            values += parts.tolist()
-    model.train()
+    with evaluating(model):
+        for batch in loader:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            logits = model(**inputs).logits
+            regression = batch["labels"].is_floating_point()
+            guess = logits.float().squeeze(-1) if regression else logits.argmax(-1)
+            gathered = accelerator.gather_for_metrics((label_losses(logits, batch["labels"]), guess, batch["labels"]))
+            for values, parts in zip((losses, predictions, references), gathered, strict=True):
+                values += parts.tolist()
     metric = (Regression if regression else Classification)(keep_in_memory=True)
     scores = metric.compute(predictions=predictions, references=references)
     return {"validation_loss": sum(losses) / len(losses), **scores}
@@ -193,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict:
         columns = [column for column in (data.text_column, data.pair_column) if column]
         texts = texts_of(train_rows, validation_rows, columns=columns)
         tokenizer = load_tokenizer(
-            data.tokenizer or model_args.model, texts, SPECIAL_TOKENS if model_args.model_type else ()
+            data.tokenizer or model_args.model, texts, SPECIAL_TOKENS if model_args.model_type else ("pad_token",)
         )
         classes = [] if data.regression else sorted(train_rows.unique(data.label_column))
         train = Shuffled(encode(train_rows, data, tokenizer, classes), optimization.seed)
@@ -203,7 +213,6 @@ def main(argv: list[str] | None = None) -> dict:
 
     # a new run: checkpoint -> polynomial attention -> adapters; a resumed one: all three from its last checkpoint
     base = run.out / BASE
-    resumed_base = (base if base.exists() else None) if lora.lora_r else run.checkpoint
     heads = (
         {"num_labels": 1}
         if data.regression
@@ -219,7 +228,7 @@ def main(argv: list[str] | None = None) -> dict:
         tokenizer,
         optimization.seed,
         data.max_length,
-        checkpoint=resumed_base if run.checkpoint else None,
+        checkpoint=base if run.checkpoint and lora.lora_r else run.checkpoint,
         **heads,
     )
     if model.config.pad_token_id is None:
@@ -231,8 +240,8 @@ def main(argv: list[str] | None = None) -> dict:
             optimization.batch_size,
             collate,
             ["input_ids", "attention_mask", "token_type_ids"],
-            steps=attention.calibrate_batches,
-            parts=optimization.gradient_accumulation_steps,
+            steps=attention.calibration_batches(model_args),
+            parts=optimization.gradient_accumulation_steps * accelerator.num_processes,
         )
         model = replace_attention(model, attention, batches, accelerator.device)
     if lora.lora_r:

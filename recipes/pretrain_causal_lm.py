@@ -8,6 +8,19 @@ seconds (validation loss 5.5 to 5.0 in 20 steps), stdlib_gpt2_demo.yaml a few mi
 shakespeare_char_0.8m.yaml about 4 (softmax 1.88 to 1.90). OUT/results.json holds the numbers, OUT/best the model.
 """
 
+from hf_polyattn_arguments import (
+    AttentionArguments,
+    ModelArguments,
+    OptimizationArguments,
+    RunArguments,
+    TextArguments,
+    answer_help,
+    parse_arguments,
+)
+
+GROUPS = (ModelArguments, AttentionArguments, TextArguments, OptimizationArguments, RunArguments)
+answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+
 import math
 
 import torch
@@ -15,14 +28,6 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_polyattn.training.arguments import (
-    AttentionArguments,
-    ModelArguments,
-    OptimizationArguments,
-    RunArguments,
-    TextArguments,
-    parse_arguments,
-)
 from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
 from hf_polyattn.training.losses import labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
 from hf_polyattn.training.models import build_model, replace_attention
@@ -30,8 +35,6 @@ from hf_polyattn.training.optimization import adamw, clip_gradients, set_learnin
 from hf_polyattn.training.order import evaluation_loader, first_inputs, training_loader
 from hf_polyattn.training.run import Run, start_accelerator
 from hf_polyattn.training.tokenizers import load_tokenizer
-
-GROUPS = (ModelArguments, AttentionArguments, TextArguments, OptimizationArguments, RunArguments)
 
 
 def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +69,8 @@ def main(argv: list[str] | None = None) -> dict:
             optimization.batch_size,
             next_token_batch,
             ["input_ids"],
-            steps=attention.calibrate_batches,
-            parts=optimization.gradient_accumulation_steps,
+            steps=attention.calibration_batches(model_args),
+            parts=optimization.gradient_accumulation_steps * accelerator.num_processes,
         )
         model = replace_attention(model, attention, batches, accelerator.device)
     if optimization.gradient_checkpointing:

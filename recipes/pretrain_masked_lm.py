@@ -7,32 +7,18 @@ The default data is the source of the running Python's standard library: nothing
 seconds (validation loss 5.5 to 5.1 in 20 steps). OUT/results.json holds the numbers, OUT/best the model.
 """
 
-import math
 from dataclasses import dataclass
 
-import torch
-from accelerate.utils import set_seed
-from torch import nn
-from transformers import AutoModelForMaskedLM
-
-from hf_polyattn.training.arguments import (
+from hf_polyattn_arguments import (
     AttentionArguments,
     ModelArguments,
     OptimizationArguments,
     RunArguments,
     TextArguments,
+    answer_help,
+    check_numbers,
     parse_arguments,
 )
-from hf_polyattn.training.data import load_texts, pack, texts_of, tokenise, training_view
-from hf_polyattn.training.losses import labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
-from hf_polyattn.training.masking import masking_collator
-from hf_polyattn.training.models import build_model, replace_attention
-from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
-from hf_polyattn.training.order import Numbered, evaluation_loader, first_inputs, training_loader
-from hf_polyattn.training.run import Run, start_accelerator
-from hf_polyattn.training.tokenizers import load_tokenizer
-
-SPECIAL_TOKENS = ("pad_token", "cls_token", "sep_token", "mask_token")
 
 
 @dataclass
@@ -43,11 +29,29 @@ class MaskingArguments:
     """Share of the tokens that are predicted."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_probability < 1:
-            raise ValueError(f"mask_probability must be between 0 and 1, got {self.mask_probability}")
+        check_numbers(self, "mask_probability", above=0, below=1)
 
 
 GROUPS = (ModelArguments, AttentionArguments, TextArguments, MaskingArguments, OptimizationArguments, RunArguments)
+answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+
+import math
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import AutoModelForMaskedLM
+
+from hf_polyattn.training.data import load_texts, pack, texts_of, tokenise, training_view
+from hf_polyattn.training.losses import labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
+from hf_polyattn.training.masking import masking_collator
+from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
+from hf_polyattn.training.order import Numbered, evaluation_loader, first_inputs, training_loader
+from hf_polyattn.training.run import Run, start_accelerator
+from hf_polyattn.training.tokenizers import load_tokenizer
+
+SPECIAL_TOKENS = ("pad_token", "cls_token", "sep_token", "mask_token")
 
 
 def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,8 +87,8 @@ def main(argv: list[str] | None = None) -> dict:
             optimization.batch_size,
             collate,
             ["input_ids"],
-            steps=attention.calibrate_batches,
-            parts=optimization.gradient_accumulation_steps,
+            steps=attention.calibration_batches(model_args),
+            parts=optimization.gradient_accumulation_steps * accelerator.num_processes,
         )
         model = replace_attention(model, attention, batches, accelerator.device)
     if optimization.gradient_checkpointing:

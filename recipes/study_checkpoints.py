@@ -6,7 +6,7 @@
 
 sort: a trained minGPT that sorts six letters out of three; all 729 inputs are tried. stories: a LLaMA of 260k
 parameters, fine-tuned on stories that the untouched model wrote itself; loss on held-out ones. sentiment: MiniLM
-(BERT) on movie reviews. Rows go to results/checkpoints.csv; finished ones are not run again.
+(BERT) on movie reviews. Rows go to results/checkpoints.csv; those of a checkpoint that are there are not run again.
 """
 
 import argparse
@@ -29,6 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 TWINS = {"softmax": ["--activation", "softmax"], "cubic": ["--activation", "poly", "--degree", "3"]}
 LETTERS, LENGTH = "012", 6
+
+
+def name_of(checkpoint: str) -> str:
+    """The checkpoint as it stands in rows and file names: a folder's own name, or the Hub's without its slash."""
+    path = Path(checkpoint)
+    return path.resolve().name if path.is_dir() else checkpoint.replace("/", "--")
 
 
 def sort_data(folder: Path, checkpoint: str) -> list[str]:
@@ -67,7 +73,7 @@ def sort_score(checkpoint: Path) -> dict[str, float]:
 
 def stories_data(folder: Path, checkpoint: str) -> list[str]:
     """Stories sampled from the untouched model at temperature 1, one a row."""
-    path = folder / "stories.jsonl"
+    path = folder / f"stories-{name_of(checkpoint)}.jsonl"
     if not path.exists():
         torch.manual_seed(0)
         model, tokenizer = (
@@ -84,14 +90,15 @@ def stories_data(folder: Path, checkpoint: str) -> list[str]:
                     file.write(json.dumps({"text": text}) + "\n")
     return [
         *("--dataset", str(path), "--validation_fraction", "0.1", "--block_size", "256", "--batch_size", "16"),
-        *("--max_steps", "600", "--learning_rate", "1e-3", "--warmup_steps", "50", "--eval_steps", "200"),
+        *("--max_steps", "200", "--learning_rate", "1e-3", "--warmup_steps", "20", "--eval_steps", "200"),
     ]
 
 
 def sentiment_data(folder: Path, data: str) -> list[str]:
     return [
         *("--dataset", data, "--text_column", "text", "--label_column", "label", "--validation_fraction", "0.1"),
-        *("--batch_size", "32", "--epochs", "1", "--learning_rate", "1e-4", "--warmup_steps", "30"),
+        *("--max_train_samples", "3200", "--batch_size", "32", "--epochs", "1"),
+        *("--learning_rate", "1e-4", "--warmup_steps", "20"),
     ]
 
 
@@ -127,7 +134,7 @@ def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield write
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
@@ -137,18 +144,19 @@ def main() -> None:
         "--runs", type=Path, default=Path("runs/study_checkpoints"), help="folder of checkpoints and data"
     )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "checkpoints.csv")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     recipe, prepare, score, metric = TASKS[args.task]
     if args.task == "sentiment" and not args.data:
         parser.error("sentiment needs --data, a csv with the columns text and label")
     args.runs.mkdir(parents=True, exist_ok=True)
     settings = prepare(args.runs, args.data or args.checkpoint)
-    have = {(row["task"], row["attention"], row["seed"]) for row in rows_of(args.out)}
+    checkpoint = name_of(args.checkpoint)
+    have = {(row["task"], row["checkpoint"], row["attention"], row["seed"]) for row in rows_of(args.out)}
     with appended(args.out) as write:
         for seed, (name, twin) in itertools.product(args.seeds, TWINS.items()):
-            if (args.task, name, str(seed)) in have:
+            if (args.task, checkpoint, name, str(seed)) in have:
                 continue
-            output = args.runs / f"{args.task}-{name}-{seed}"
+            output = args.runs / f"{args.task}-{checkpoint}-{name}-{seed}"
             changes = [*settings, *twin, "--seed", str(seed)]
             results = recipe(["--model", args.checkpoint, *changes, "--output_dir", str(output), "--overwrite"])
             if score is not None:
@@ -157,6 +165,7 @@ def main() -> None:
             write(
                 {
                     "task": args.task,
+                    "checkpoint": checkpoint,
                     "attention": name,
                     "seed": seed,
                     "metric": metric,
@@ -166,13 +175,16 @@ def main() -> None:
                     "transformers": results["versions"]["transformers"],
                     "hf_polyattn": results["versions"]["hf-polyattn"],
                     "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-                    "command": f"--model {Path(args.checkpoint).name} " + " ".join(shown),
+                    "command": f"--model {checkpoint} " + " ".join(shown),
                 }
             )
     for name in TWINS:
-        values = [float(r["value"]) for r in rows_of(args.out) if (r["task"], r["attention"]) == (args.task, name)]
+        wanted = (args.task, checkpoint, name)
+        rows = [row for row in rows_of(args.out) if (row["task"], row["checkpoint"], row["attention"]) == wanted]
+        values = [float(row["value"]) for row in rows]
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"{args.task}, {name}: {metric} {statistics.mean(values):.4f}{spread} over {len(values)} seeds")
+        mean = f"{statistics.mean(values):.4f}{spread}"
+        print(f"{args.task} of {checkpoint}, {name}: {metric} {mean} over {len(values)} seeds")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import hf_polyattn
 from hf_polyattn import demo
 from hf_polyattn.diagnostics import weight_norms
+from hf_polyattn.ops import cpu
 from hf_polyattn.tables import format_table
 from hf_polyattn.training.tokenizers import byte_tokenizer
 from hf_polyattn_cli import main
@@ -131,6 +132,16 @@ def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
     assert code == 0
     assert "patched 0 of 2 attention modules" in said
     assert "degree" not in said
+
+
+@pytest.mark.parametrize("problem", [None, "g++ is not there"])
+def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "_build", cpu.Build("avx2", problem))
+    code, said, _ = run(capsys, "doctor")
+    assert code == 0
+    expected = f"cpu    no   {problem}" if problem else "cpu    yes  compiled for avx2"
+    assert expected in said
+    assert f"torch {torch.__version__}" in said
 
 
 @pytest.mark.parametrize(

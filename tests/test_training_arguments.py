@@ -1,14 +1,16 @@
 """YAML first, command line on top, field docs as help, near matches for unknown keys."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import yaml
 from recipe_runs import RECIPES, recipe
 
+import hf_polyattn_arguments as args
 from hf_polyattn.config import PolyAttentionConfig
-from hf_polyattn.training import arguments as args
-from hf_polyattn.training.arguments import as_yaml, parse_arguments
+from hf_polyattn_arguments import as_yaml, parse_arguments
 
 GROUPS = (
     args.ModelArguments,
@@ -18,6 +20,8 @@ GROUPS = (
     args.LoraArguments,
     args.RunArguments,
 )
+
+TRAINING = sorted(path.stem for path in RECIPES.glob("*.py") if not path.stem.startswith("study"))
 
 
 def parse(tmp_path, text, *extra):
@@ -90,7 +94,7 @@ def test_every_field_of_the_attention_config_is_an_argument():
         ("model_type: gpt2\nmodel: here", [], "not both"),
         ("- 1", [], "`name: value`"),
         ("model_type: gpt2", ["--shuffle", "often"], "invalid choice"),
-        ("model_type: gpt2", ["--validation_fraction", "1"], "validation_fraction must be between"),
+        ("model_type: gpt2", ["--validation_fraction", "1"], "validation_fraction must be > 0 and < 1, got 1.0"),
     ],
 )
 def test_mistakes_are_named(tmp_path, capsys, text, extra, message):
@@ -98,6 +102,34 @@ def test_mistakes_are_named(tmp_path, capsys, text, extra, message):
         parse(tmp_path, text, *extra)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("max_grad_norm -1", "learning_rate 0", "learning_rate nan", "epochs 0", "warmup_steps -1"),
+        *("weight_decay -0.1", "adam_beta2 1", "adam_epsilon 0", "min_learning_rate_ratio 1.5", "seed -1"),
+        *("polyattn_learning_rate_multiplier -1", "max_steps 0", "lora_r -1", "lora_dropout 1", "lora_alpha 0"),
+        *("calibrate_batches -1", "eval_steps -1", "save_steps -1", "eval_batch_size 0", "logging_steps 0"),
+        *("num_workers -1", "block_size 1", "stdlib_bytes 0", "learning_rate inf"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, capsys, words):
+    name, value = words.split()
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "model_type: gpt2", f"--{name}={value}")
+    assert f"{name} must be " in capsys.readouterr().err
+
+
+def test_numbers_at_the_ends_of_their_range_are_accepted(tmp_path):
+    ends = {
+        "max_grad_norm": 0,
+        "warmup_steps": 0,
+        "calibrate_batches": 0,
+        "eval_steps": 0,
+        "min_learning_rate_ratio": 1,
+    }
+    parse(tmp_path, "model_type: gpt2", *(f"--{name}={value}" for name, value in ends.items()))
 
 
 def test_no_configuration_file(capsys):
@@ -112,7 +144,17 @@ def test_arguments_survive_yaml(tmp_path):
     assert parse(tmp_path, as_yaml(*first)) == first
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py") if path.stem[:5] != "study"))
+def test_small_negative_numbers_survive_yaml(tmp_path):
+    text = "model_type: gpt2\ninit_coefficients: [0, 1, -1.0e-05, -1e-5]\n"
+    first = parse(tmp_path, text)
+    assert first[1].init_coefficients == [0, 1, -1e-5, -1e-5]
+    assert parse(tmp_path, as_yaml(*first)) == first
+    fixed = parse(tmp_path, "model_type: gpt2\ncoefficients: [0, 1, -1.0e-05, -1e-5]\n")
+    assert fixed[1].options() == {"coefficients": (0, 1, -1e-5, -1e-5)}
+    assert parse(tmp_path, as_yaml(*fixed)) == fixed
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_help_comes_from_the_field_docs(name, capsys):
     module = recipe(name)
     with pytest.raises(SystemExit) as exit_:
@@ -123,6 +165,21 @@ def test_help_comes_from_the_field_docs(name, capsys):
     for group in module.GROUPS:
         for field in dataclasses.fields(group):
             assert field.metadata.get("help"), f"{group.__name__}.{field.name} has no doc"
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_script_answers_help_without_importing_torch(name):
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "print(sorted({'torch', 'datasets', 'accelerate', 'hf_polyattn'} & set(sys.modules)))"
+    )
+    script = str(RECIPES / f"{name}.py")
+    command = [sys.executable, "-c", f"import sys; sys.argv = [{script!r}, '--help']\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--learning_rate" in done.stdout
+    assert done.stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize(

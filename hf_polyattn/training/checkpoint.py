@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written aside, flushed to disk, renamed; then `last` and `best` point to them.
 
-OUT/checkpoint-000200/   model, tokenizer, config.yaml, position.json, state/ (optimizer, random states)
+OUT/checkpoint-000200/   model, tokenizer, config.yaml, position.json, state/ (optimizer, random states; shards of the
+                         weights too under FSDP and DeepSpeed)
 OUT/last, OUT/best       links to checkpoints; a checkpoint that neither points to is deleted
 """
 
@@ -24,7 +25,11 @@ PARTIAL = ".partial"
 
 
 def register_hooks(accelerator: Accelerator) -> None:
-    """The model's weights are saved once, by save_pretrained, and not again by accelerate's save_state."""
+    """The model's weights are saved once, by save_pretrained, and not again by accelerate's save_state.
+
+    FSDP and DeepSpeed save and load their shards before any hook is asked: there state/ holds the weights a second
+    time, and a resumed run takes them from there.
+    """
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
@@ -79,10 +84,15 @@ def save_checkpoint(
 def find_last(out: Path) -> Path | None:
     """The checkpoint that OUT/last points to, checked to be whole; None when there is none.
 
-    Raises ValueError for a checkpoint with missing or cut files.
+    Raises ValueError for a checkpoint with missing or cut files, and FileNotFoundError for one that is gone.
     """
     link = out / "last"
     if not link.exists():
+        if link.is_symlink():
+            raise FileNotFoundError(
+                f"{link} points to {os.readlink(link)}, which is not there: bring that checkpoint back, point {link} "
+                "to another one, or use overwrite to start anew"
+            )
         return None
     folder = link.resolve()
     position = read_position(folder)
@@ -102,6 +112,8 @@ def read_position(folder: Path) -> dict[str, Any]:
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
     """Optimizer and random states back into what `accelerator.prepare` returned; the model is loaded by build_model.
+
+    Under FSDP and DeepSpeed the model's shards come back with them.
 
     accelerate reads with weights_only=True, so that these files cannot run code. The shards of FSDP and DeepSpeed are
     pickles beyond our control: resume only runs of your own under those.

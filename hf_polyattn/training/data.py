@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import TextArguments
+from hf_polyattn_arguments import TextArguments
+
 from .order import Numbered, RandomWindows, Shuffled, Stream
 
 LOADERS = {

@@ -11,12 +11,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import PolyModelMixin
-from .arguments import LoraArguments
+from hf_polyattn_arguments import LoraArguments
 
 ADAPTER = "adapter_model.safetensors"
 BASE = "base"
-"""Folder below a run's own where the patched base model of an adapter lies."""
+"""Folder below a run's own where the base model of its adapters lies."""
 TARGETS = {
     "gpt2": ["attn.c_attn", "attn.c_proj"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -26,9 +25,10 @@ TARGETS = {
 
 
 def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArguments, folder: Path) -> PeftModel:
-    """`model` with adapters; a patched model is first saved to `folder`, and the adapter names that as its base.
+    """`model` with adapters; the model is first saved to `folder`, and the adapter names that as its base.
 
-    An adapter whose base were the stock checkpoint would load, in silence, onto softmax.
+    Whatever it was made from may differ: in its attention, which an adapter would meet in silence, or in its number
+    of labels. The name is an absolute path, so that `folder` must stay where it is.
     Raises RuntimeError when learned attention state would be left out of training.
     """
     model_type = model.config.model_type.removeprefix("polyattn_")
@@ -37,11 +37,9 @@ def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArgumen
         raise ValueError(f"no default LoRA targets for {model_type!r}: set lora_target_modules")
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(model, PolyModelMixin):
-            model.save_pretrained(folder)
+        model.save_pretrained(folder)
     accelerator.wait_for_everyone()
-    if isinstance(model, PolyModelMixin):
-        model.name_or_path = str(folder)
+    model.name_or_path = str(folder.resolve())
     learned = learned_state(model)
     classifies = "ForSequenceClassification" in type(model).__name__
     config = LoraConfig(

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from ..evaluating import evaluating
+
 IGNORE = -100
 """Label of a position without a loss, as everywhere in Transformers."""
 
@@ -27,8 +29,12 @@ def count_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 def labels_in_step(accelerator: Accelerator, micro_batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Positions with a loss in all parts of a step and all processes: what the step's loss is an average over."""
-    return accelerator.reduce(sum(count_labels(batch["labels"]).sum() for batch in micro_batches), reduction="sum")
+    """Positions with a loss in all parts of a step and all processes: what the step's loss is an average over.
+
+    1 at least: a step without any label, as masking may draw one, has the loss 0 and not 0 / 0.
+    """
+    labels = sum(count_labels(batch["labels"]).sum() for batch in micro_batches)
+    return accelerator.reduce(labels, reduction="sum").clamp(min=1)
 
 
 def tokens_in_step(accelerator: Accelerator, micro_batches: Iterable[dict[str, torch.Tensor]]) -> int:
@@ -49,12 +55,10 @@ def step_loss(accelerator: Accelerator, loss_sum: torch.Tensor, labels: torch.Te
 @torch.no_grad()
 def mean_loss(accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, Any]], loss: Loss) -> float:
     """Mean loss over all labels of `loader`: every row once, whatever the number of processes."""
-    was_training = model.training
-    model.eval()
     total, labels = 0.0, 0
-    for batch in loader:
-        sums, counts = accelerator.gather_for_metrics(loss(model, batch))
-        total += sums.double().sum().item()
-        labels += int(counts.sum())
-    model.train(was_training)
+    with evaluating(model):
+        for batch in loader:
+            sums, counts = accelerator.gather_for_metrics(loss(model, batch))
+            total += sums.double().sum().item()
+            labels += int(counts.sum())
     return total / max(1, labels)

@@ -10,11 +10,12 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..activations import get_activation
+from hf_polyattn_arguments import AttentionArguments, ModelArguments
+
+from ..activations import change_config, get_activation, resolve_config
 from ..initialization import start_scores
-from ..models import PolyModelMixin
+from ..models import PolyModelMixin, read_settings
 from ..patching import coverage, patch_model, unpatch_model
-from .arguments import AttentionArguments, ModelArguments
 
 
 def build_model(
@@ -65,30 +66,45 @@ def replace_attention(
 ) -> PreTrainedModel:
     """Patches `model` as `args` say, and says what was done; a checkpoint that is patched already stays what it is.
 
+    Options that are named without an activation change a patched checkpoint's own settings. Numbers that it has
+    learned stay where they mean the same, and it is then not calibrated again; see `patch_model`.
+
     batches: model inputs to calibrate polynomials on; none: the analytic default. Activations that are not polynomials
         keep the scalings of their literature.
     device: where calibration runs.
     """
     options = args.options()
-    is_patched = isinstance(model, PolyModelMixin)
-    if args.activation is None and is_patched and not options:
+    own = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
+    if args.activation is None and own is not None and not options:
         print_once(f"the checkpoint's own attention: {coverage(model)}")
         return model
-    activation = args.activation or "poly"
+    activation = args.activation or (own.activation if own is not None else "poly")
     is_polynomial = get_activation(activation).is_polynomial
     if not is_polynomial:
         options = _options_of_a_twin(activation, options)
-    if activation == "softmax" and not options.get("qk_norm"):
-        model = unpatch_model(model) if is_patched else model
+    if args.activation == "softmax" and not options.get("qk_norm"):
+        model = unpatch_model(model) if own is not None else model
         print_once(f"softmax: {type(model).__name__} stays a stock model ({model.config._attn_implementation})")
         return model
-    batches = batches if is_polynomial else ()
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if is_polynomial else []
+    if batches:
+        # asked to measure, fixed numbers that nobody named give way
+        options = {"alpha": "auto", "gain": "auto", **options}
+    if args.activation is None and own is not None:
+        settings = change_config(own, **options)
+    else:
+        settings = resolve_config(activation, **options)
+    if own is not None and settings.computes_like(own):
+        # it was trained with the numbers that it has
+        settings = change_config(
+            settings, **{n: getattr(own, n) for n in ("alpha", "gain") if n not in args.options()}
+        )
+        batches = []
     home = model.device
     model.to(device)  # type: ignore[arg-type]
     # the random state is that of a softmax twin afterwards, whatever calibration draws
     with torch.random.fork_rng():
-        model = patch_model(model, activation, calibrate=batches or None, target=args.calibration_target, **options)
+        model = patch_model(model, config=settings, calibrate=batches or None, target=args.calibration_target)
     return model.to(home)  # type: ignore[arg-type]
 
 

@@ -13,8 +13,9 @@ REMEDY = (
     "(calibrate_batches 4); qk_norm true, which bounds the scores; bf16 instead of fp16; a lower degree"
 )
 
-
 NOT_REPEATABLE = "no single module (a repetition gave finite values: it depends on dropout, or on the range of fp16)"
+
+SHARDED = "some module (under {} the step is not repeated to find which: no process holds the whole model)"
 
 
 class NonFiniteError(RuntimeError):

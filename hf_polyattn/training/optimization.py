@@ -7,11 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .arguments import OptimizationArguments
+from hf_polyattn_arguments import OptimizationArguments
 
 
 def parameter_groups(model: nn.Module, args: OptimizationArguments) -> list[dict[str, Any]]:
-    """Matrices and embeddings with decay; biases and norms without; the attention's own learned state without."""
+    """Matrices and embeddings with decay; biases and norms without; the attention's own learned state without.
+
+    Weight decay would pull the coefficients of a polynomial towards attention that is 0.
+    """
     decay, plain, polyattn = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -33,7 +36,8 @@ def parameter_groups(model: nn.Module, args: OptimizationArguments) -> list[dict
             "base_rate": rate * args.polyattn_learning_rate_multiplier,
         },
     ]
-    return [group for group in groups if group["params"]]
+    # lr: for the schedulers of others, which multiply what they find there
+    return [{**group, "lr": group["base_rate"]} for group in groups if group["params"]]
 
 
 def adamw(model: nn.Module, args: OptimizationArguments) -> torch.optim.AdamW:

@@ -103,7 +103,11 @@ def training_loader(
 def first_inputs(
     view: Dataset, batch_size: int, collate: Collate, names: Sequence[str], steps: int, parts: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The inputs `names` of a run's first `steps` steps, to calibrate on: the same on every process."""
+    """The inputs `names` of a run's first `steps` steps, to calibrate on: the same on every process.
+
+    parts: in which each step's batch comes; as many as there are accumulation steps times processes, it needs no more
+        memory than training does.
+    """
     loader = training_loader(view, batch_size, collate, 0, steps, parts)
     for batch in itertools.islice(loader, steps * parts):
         yield {name: batch[name] for name in names if name in batch}

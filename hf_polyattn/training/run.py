@@ -20,17 +20,19 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
+from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import Group, OptimizationArguments, RunArguments, as_yaml
+from hf_polyattn_arguments import Group, OptimizationArguments, RunArguments, as_yaml
+
 from .checkpoint import PARTIAL, find_last, load_state, prune, read_position, register_hooks, save_checkpoint
+from .devices import device_name, peak_mib
 from .lora import BASE, load_trained
 from .losses import Loss
 from .models import print_once
-from .nonfinite import NOT_REPEATABLE, REMEDY, NonFiniteError, find_nonfinite
+from .nonfinite import NOT_REPEATABLE, REMEDY, SHARDED, NonFiniteError, find_nonfinite
 
 PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
 MAY_CHANGE = {
@@ -38,6 +40,8 @@ MAY_CHANGE = {
     *("eval_steps", "eval_batch_size", "save_steps", "logging_steps", "num_workers"),
 }
 """Arguments that may differ when a run is resumed: they do not enter the losses."""
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Under these no process holds all weights."""
 MAX_SKIPPED_STEPS = 25
 """Steps in a row that fp16's gradient scaler may skip before the run is stopped."""
 
@@ -187,8 +191,9 @@ class Run:
     def check_finite(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, model: nn.Module, batches: list[dict], loss_of: Loss
     ) -> None:
-        """Call it before the optimizer's step.
+        """Call it before the optimizer's step, so that the weights are still those of the step before.
 
+        Under DeepSpeed they are not: its engine has stepped at the end of backward, and only `last` is left of before.
         Raises NonFiniteError when the loss or the gradient's norm, equal on all processes, is not a number. Under fp16
         a gradient may overflow now and then: the scaler skips that step; MAX_SKIPPED_STEPS in a row are an error.
         """
@@ -198,13 +203,20 @@ class Run:
             return
         what = "gradient norm" if finite[0] else "loss"
         value = norm if finite[0] else loss
-        with self.accelerator.autocast():
-            place = find_nonfinite(self.accelerator.unwrap_model(model, keep_torch_compile=False), batches, loss_of)
-        # only the process that holds the bad example finds it
-        place = next((found for found in gather_object([place]) if found), NOT_REPEATABLE)
+        place = self._find_nonfinite(model, batches, loss_of)
         last = self.out / "last"
         kept = f"The last good checkpoint is {last.resolve()}" if last.exists() else "No checkpoint was written yet"
         raise NonFiniteError(f"step {step}: the {what} is {value.item()}; first seen in {place}. {REMEDY}. {kept}")
+
+    def _find_nonfinite(self, model: nn.Module, batches: list[dict], loss_of: Loss) -> str:
+        kind = self.accelerator.distributed_type
+        if kind in SHARDING:
+            # a process that finds something stops early, and the others would wait for its shards
+            return SHARDED.format(kind.value)
+        with self.accelerator.autocast():
+            place = find_nonfinite(self.accelerator.unwrap_model(model, keep_torch_compile=False), batches, loss_of)
+        # only the process that holds the bad example finds it
+        return next((found for found in gather_object([place]) if found), NOT_REPEATABLE)
 
     def log(self, step: int, tokens: int, **values: float) -> None:
         """One line of metrics.jsonl and of the tracker; `tokens` is what the step has read."""
@@ -253,8 +265,10 @@ class Run:
         save_checkpoint(self.out, self.accelerator, model, tokenizer, position, self.config_yaml, best)
 
     def is_best(self, score: float | None) -> bool:
-        """Whether `score` beats all before it; None, no evaluation, does not."""
-        return score is not None and (self.best is None or self.sign * score < self.sign * self.best)
+        """Whether `score` beats all before it; None, no evaluation, does not, and no more does NaN or infinity."""
+        if score is None or not math.isfinite(score):
+            return False
+        return self.best is None or self.sign * score < self.sign * self.best
 
     def finish(
         self, auto_class: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, **values: Any
@@ -286,33 +300,18 @@ class Run:
                 self._push(auto_class, tokenizer)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        print_once(f"saved: {self.out / 'best'} and {self.out / 'last'}; summary: {self.out / 'results.json'}")
+        saved = " and ".join(str(link) for link in (self.out / "best", self.out / "last") if link.exists())
+        print_once(f"saved: {saved}; summary: {self.out / 'results.json'}")
         return results
 
     def _push(self, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Publishes what was saved, adapters merged into their base, so that it loads by itself."""
         name = self.args.hub_model_id or self.out.resolve().name
-        model = load_trained(auto_class, self.out / "best")
+        best = self.out / "best"
+        # where no evaluation gave a number, nothing is best
+        model = load_trained(auto_class, best if best.exists() else self.out / "last")
         model.push_to_hub(name, private=self.args.hub_private)  # type: ignore[arg-type]
         tokenizer.push_to_hub(name, private=self.args.hub_private)
-
-
-def peak_mib() -> float:
-    """Largest memory so far, in MiB: of the GPU's allocator where there is one, of the process otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    # kilobytes on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _remove_run(out: Path) -> None:

@@ -1,6 +1,7 @@
 """Two tokenizers that need no files, and the door to all others. Saved with a model, each reloads by AutoTokenizer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -17,21 +18,26 @@ SPECIAL_TOKENS = {
 
 
 def load_tokenizer(
-    name: str, texts: Iterable[str] = (), special_tokens: Iterable[str] = ("eos_token", "pad_token")
+    name: str | None, texts: Iterable[str] = (), special_tokens: Iterable[str] = ("eos_token", "pad_token")
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe.
 
     name: "bytes", "chars", a folder or a Hub name.
     texts: what "chars" takes its characters from.
     special_tokens: keys of SPECIAL_TOKENS that "bytes" and "chars" get, and that any other must have.
-    Raises ValueError when a loaded tokenizer lacks a special token that cannot be replaced.
+    Raises ValueError for no name, a folder without a tokenizer, or a special token that is missing and cannot be
+    replaced.
     """
     names = list(special_tokens)
+    if not name:
+        raise ValueError(
+            "a new model has no tokenizer of its own: set tokenizer to bytes, chars, a folder or a Hub name"
+        )
     if name == "bytes":
         return byte_tokenizer(names)
     if name == "chars":
         return char_tokenizer(texts, names)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = _load(name)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         # GPT-2 and its like were trained without padding; padded positions carry no loss, so the token does not matter
         tokenizer.pad_token = tokenizer.eos_token
@@ -39,6 +45,20 @@ def load_tokenizer(
         raise ValueError(
             f"tokenizer {name!r} has no {', '.join(missing)}, which this recipe needs: choose another one"
         )
+    return tokenizer
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    none = f"{name} holds no tokenizer: set tokenizer to bytes, chars, a folder or a Hub name"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise ValueError(none) from error
+        raise
+    # for a folder without tokenizer files Transformers makes one up that knows special tokens only
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(none)
     return tokenizer
 
 

@@ -1,4 +1,8 @@
-"""Arguments of the recipes: dataclasses whose field docs are the help; a YAML file first, the command line on top."""
+"""Arguments of the recipes: dataclasses whose field docs are the help; a YAML file first, the command line on top.
+
+A module of its own beside the package, because importing anything below `hf_polyattn` imports torch, and `--help`
+should answer at once.
+"""
 
 import argparse
 import ast
@@ -7,6 +11,8 @@ import difflib
 import inspect
 import itertools
 import json
+import math
+import operator
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +23,27 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
+
+_BOUNDS = {
+    "at_least": (">=", operator.ge),
+    "above": (">", operator.gt),
+    "at_most": ("<=", operator.le),
+    "below": ("<", operator.lt),
+}
+
+
+def check_numbers(group: Any, *names: str, **bounds: float) -> None:
+    """Raises ValueError for the first of the fields `names` that is not a finite number within `bounds`.
+
+    bounds: at_least, above, at_most, below. Empty fields are left alone.
+    """
+    wanted = " and ".join(f"{_BOUNDS[bound][0]} {end:g}" for bound, end in bounds.items())
+    for name in names:
+        value = getattr(group, name)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and all(_BOUNDS[bound][1](value, end) for bound, end in bounds.items())):
+            raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 @dataclass
@@ -78,12 +105,22 @@ class AttentionArguments:
     heads: str | None = None
     """Heads to patch by layer (JSON or YAML), such as {"0": [1, 2]}. Empty: all."""
     backend: str | None = None
-    """Form of the operation: auto, naive or tiled."""
-    calibrate_batches: int = 4
-    """Training batches on which a polynomial is calibrated before the first step; 0: the analytic default."""
+    """Form of the operation: auto, cpu, tiled or naive."""
+    calibrate_batches: int | None = None
+    """Training batches on which a polynomial is calibrated before the first step; 0: alpha and gain that follow from
+    width and weights. Empty: 4 for a softmax checkpoint, 0 for a new model, which trains better so, and for a
+    polynomial one that goes on with its own function."""
     calibration_target: Literal["output_rms", "frobenius"] = "output_rms"
-    """output_rms: the size of softmax's output, which is safe; frobenius: ‖A‖_F = sqrt N, which trains better at a
-    learning rate of 1e-3 and diverges at 6e-3 (small GPT-2s)."""
+    """output_rms: the size of softmax's output; frobenius: ‖A‖_F = sqrt N."""
+
+    def calibration_batches(self, model: ModelArguments) -> int:
+        """How many batches to calibrate on."""
+        if self.calibrate_batches is not None:
+            return self.calibrate_batches
+        return 4 if model.model else 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "calibrate_batches", at_least=0)
 
     def options(self) -> dict[str, Any]:
         """The options of `patch_model` that were named, as Python values; activation and calibration not included."""
@@ -139,10 +176,10 @@ class TextArguments:
     """Worker processes that load data, for each training process."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
-        if self.block_size < 2:
-            raise ValueError(f"block_size must be >= 2, got {self.block_size}")
+        check_numbers(self, "validation_fraction", above=0, below=1)
+        check_numbers(self, "block_size", at_least=2)
+        check_numbers(self, "validation_rows", "stdlib_bytes", at_least=1)
+        check_numbers(self, "streaming_shuffle_buffer", "num_workers", at_least=0)
         if self.streaming and self.shuffle == "random_windows":
             raise ValueError("random_windows needs the whole token stream: set streaming false or shuffle epoch")
         if self.streaming and self.num_workers:
@@ -195,16 +232,18 @@ class OptimizationArguments:
     """Of initial weights, data order and dropout. Initial weights are the same for every activation."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_numbers(self, "batch_size", "gradient_accumulation_steps", "max_steps", at_least=1)
+        check_numbers(self, "epochs", "learning_rate", "adam_epsilon", above=0)
+        # a negative norm to clip to would turn the gradient around
+        check_numbers(self, "warmup_steps", "weight_decay", "max_grad_norm", "seed", at_least=0)
+        check_numbers(self, "polyattn_learning_rate_multiplier", at_least=0)
+        check_numbers(self, "min_learning_rate_ratio", at_least=0, at_most=1)
+        check_numbers(self, "adam_beta1", "adam_beta2", at_least=0, below=1)
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}"
             )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be >= 1, got {self.max_steps}")
 
     @property
     def micro_batch_size(self) -> int:
@@ -232,6 +271,11 @@ class LoraArguments:
     """Dropout in front of the adapters."""
     lora_target_modules: list[str] | None = None
     """Names of the linear layers that get an adapter. Empty: the attention projections of the architecture."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "lora_r", at_least=0)
+        check_numbers(self, "lora_alpha", above=0)
+        check_numbers(self, "lora_dropout", at_least=0, below=1)
 
 
 @dataclass
@@ -261,6 +305,10 @@ class RunArguments:
     hub_private: bool = False
     """Push to a private repository."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "eval_steps", "save_steps", at_least=0)
+        check_numbers(self, "eval_batch_size", "logging_steps", at_least=1)
+
 
 Group = Any
 
@@ -270,6 +318,15 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def answer_help(module: str, groups: Sequence[type], description: str | None) -> None:
+    """In a script, prints the help and exits if it is asked for; call it above the imports that take long.
+
+    module: the caller's `__name__`; nothing happens unless it is "__main__".
+    """
+    if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+        parse_arguments(["--help"], groups, description)
 
 
 def parse_arguments(
@@ -365,7 +422,7 @@ def _as_argv(values: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         if isinstance(value, list):
-            out += [f"--{name}", *map(str, value)]
+            out += [f"--{name}", *(_plain_number(str(entry)) for entry in value)]
         else:
             out.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return out
