@@ -5,10 +5,11 @@ operation's business (`ops.naive`), so that every activation obeys the same rule
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from .config import PolyAttentionConfig
@@ -91,9 +92,21 @@ def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConf
         values.setdefault("coefficients", "monomial")
     elif isinstance(values.get("coefficients"), (tuple, list)) and "degree" not in options:
         values["degree"] = len(values["coefficients"]) - 1
+    if values.get("coefficients") == "monomial" and entry.is_polynomial:
+        values.setdefault("normalization", "sqrt_length")  # the paper's form; "length" suits values of mean 1
     config = PolyAttentionConfig(**values)
     _check_fit(entry, config)
     return config
+
+
+def change_config(config: PolyAttentionConfig, **options: Any) -> PolyAttentionConfig:
+    """`config` with `options` instead of its own; a start of coefficients that are no longer its own gives way."""
+    values = config.to_dict()
+    if {"degree", "coefficients"} & set(options):
+        values["init_coefficients"] = None
+    if isinstance(options.get("coefficients"), (tuple, list)):
+        values["degree"] = len(options["coefficients"]) - 1
+    return PolyAttentionConfig.from_dict({**values, **options})
 
 
 def check_activation(config: PolyAttentionConfig) -> Activation:
@@ -104,18 +117,49 @@ def check_activation(config: PolyAttentionConfig) -> Activation:
 
 
 def _check_fit(entry: Activation, config: PolyAttentionConfig) -> None:
-    if config.normalization == "sum" and entry.is_polynomial and config.degree % 2:
+    if config.normalization == "sum" and entry.is_polynomial and (why := _mixed_sign(config)):
         raise ValueError(
-            f'normalization "sum" needs weights of one sign, and degree {config.degree} is odd: '
-            'rows could sum to zero. Use "l1" or "l2", or an even degree'
+            f'normalization "sum" needs weights of one sign, and {why}: rows could sum to zero. '
+            'Use "l1" or "l2", or fixed coefficients of a polynomial that is nowhere negative, such as (0, 0, 1)'
         )
     if entry.exponential and config.normalization != "sum":
         raise ValueError(
             f'activation {entry.name!r} is computed relative to each row\'s maximum, which only normalization "sum" '
             f"cancels; got {config.normalization!r}"
         )
-    if not entry.is_polynomial and config.backend == "tiled":
-        raise ValueError(f'the tiled form knows polynomials only: use backend="auto" for activation {entry.name!r}')
+    if not entry.is_polynomial and config.backend not in ("auto", "naive"):
+        raise ValueError(
+            f'the {config.backend} form knows polynomials only: use backend="auto" for activation {entry.name!r}'
+        )
+
+
+def _mixed_sign(config: PolyAttentionConfig) -> str:
+    """Why the polynomial of a config may take both signs; empty where it cannot."""
+    if config.coefficients == "learnable":
+        return "learnable coefficients may take any sign"
+    if config.coefficients == "monomial":
+        return f"degree {config.degree} is odd" if config.degree % 2 else ""
+    numbers = cast(tuple[float, ...], config.coefficients)
+    return "" if never_negative(numbers) else f"the polynomial {numbers} falls below 0, or is 0 throughout"
+
+
+def never_negative(coefficients: Sequence[float]) -> bool:
+    """Whether sum_k c_k x^k >= 0 for every real x: even degree, positive top, and no minimum below 0.
+
+    What float32 cannot tell from 0 counts as 0, so that (1 + x / 3)^4, expanded, is accepted.
+
+    >>> never_negative((1, 1, 0.375, 0.0625, 0.00390625)), never_negative((0, 1, 0.29))
+    (True, False)
+    """
+    trimmed = np.trim_zeros(np.asarray(coefficients, dtype=np.float64), "b")
+    # the degree is even where the number of coefficients is odd
+    if len(trimmed) % 2 == 0 or trimmed[-1] < 0:
+        return False
+    polynomial = np.polynomial.Polynomial(trimmed)
+    # a multiple root comes out as a cluster off the real axis: its real parts are as near to the minimum
+    extrema = np.append(polynomial.deriv().roots().real, 0.0)
+    terms = np.polynomial.Polynomial(np.abs(polynomial.coef))(np.abs(extrema))
+    return bool(np.all(polynomial(extrema) >= -1e-6 * terms))
 
 
 def horner(scores: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
@@ -151,24 +195,26 @@ def compose_affine(coefficients: torch.Tensor, alpha: torch.Tensor, beta: torch.
 
 
 def frobenius_gain(degree: int) -> float:
-    """Gain that makes E||A||_F = sqrt N under "sqrt_length" for scores ~ N(0, 1): E s^(2p) = (2p - 1)!!."""
+    """Gain of s^p that makes E||A||_F^2 = N under "sqrt_length" for scores ~ N(0, 1): E s^(2p) = (2p - 1)!!."""
     return 1 / math.sqrt(math.prod(range(1, 2 * degree, 2)))
 
 
-def default_start(degree: int, normalization: str | float) -> tuple[float, ...]:
-    """Where learnable coefficients of the unit-spread score start: half linear, half the highest odd term.
+def default_start(degree: int) -> tuple[float, ...]:
+    """Where learnable coefficients of the unit-spread score start: as the polynomial nearest to exp(s - 1/2).
 
-    The linear part removes the dead zone of s^p around s = 0; both parts have the size of `frobenius_gain`.
+    Nearest in the mean square over s ~ N(0, 1): sum_(k <= p) He_k(s) / k! with Hermite's polynomials, in powers of s.
+    Its mean is 1, so that rows sum to about 1 under "length", as softmax's do. Degree 3 is (2 + (1 + s)^3) / 6, which
+    rises everywhere; degree 2 is (1 + s)^2 / 2.
     """
-    start = [0.0] * (degree + 1)
-    highest = degree if degree % 2 else degree - 1
-    if degree == 1:
-        return (0.0, 1.0)
-    if degree == 2:
-        return (0.0, 1.0, frobenius_gain(2) / 2)
-    start[1] = 0.5
-    start[highest] = 0.5 * frobenius_gain(highest)
-    return tuple(start)
+    return tuple(
+        sum((-0.5) ** m / math.factorial(m) for m in range((degree - j) // 2 + 1)) / math.factorial(j)
+        for j in range(degree + 1)
+    )
+
+
+def start_gain(degree: int) -> float:
+    """`frobenius_gain` for the polynomial of `default_start`: its mean square is sum_(k <= p) 1 / k!."""
+    return 1 / math.sqrt(sum(1 / math.factorial(k) for k in range(degree + 1)))
 
 
 def row_softmax(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The registry of architectures: one entry each, no branches elsewhere."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,40 @@ def _spread_at_initialization(module: nn.Module) -> float:
     return scaling * size**0.5 * config.hidden_size * config.initializer_range**2
 
 
+def spread_of_weights(entry: "Architecture", module: nn.Module) -> float | None:
+    """Score spread that the weights themselves imply: sigma = scaling * sqrt(head_dim) * width * rms(W_q) * rms(W_k).
+
+    The formula of `_spread_at_initialization` with the weights' own size in the place of initializer_range, so that
+    it holds for weights that were scaled or trained. None where the weights cannot be read: no query_key, quantized
+    layers, tensors on the meta device or sharded away.
+    """
+    if entry.query_key is None:
+        return None
+    try:
+        weights, _ = entry.query_key(module)
+    except AttributeError:
+        # a quantized layer keeps its matrix under another name
+        return None
+    if not weights or any(not _is_readable(weight) for weight in weights):
+        return None
+    sizes = [_root_mean_square(weight.detach()) for weight in weights]
+    config: Any = module.config
+    size = head_dim(module)
+    scaling = getattr(module, "scaling", None) or size**-0.5
+    # one fused matrix, or two: the geometric mean squared is rms(W_q) * rms(W_k)
+    spread = scaling * size**0.5 * config.hidden_size * math.prod(sizes) ** (2 / len(sizes))
+    return spread if 0 < spread < math.inf else None
+
+
+def _root_mean_square(weight: torch.Tensor) -> float:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dtype=wide).item() / weight.numel() ** 0.5
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta and weight.numel() > 0
+
+
 def linear_query_key(*names: str) -> Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """`query_key` of attention modules that have one linear layer for queries and one for keys, by their names."""
 
@@ -46,11 +81,12 @@ def linear_query_key(*names: str) -> Callable[[nn.Module], tuple[list[torch.Tens
 def fused_query_key(module: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """`query_key` of GPT-2, whose c_attn makes queries, keys and values side by side, in columns."""
     width = module.embed_dim
+    first, second = slice(0, width), slice(width, 2 * width)
     if module.is_cross_attention:
-        layers = [(module.q_attn, width), (module.c_attn, width)]
+        parts = [(module.q_attn, first), (module.c_attn, first)]
     else:
-        layers = [(module.c_attn, 2 * width)]
-    return [layer.weight[:, :end] for layer, end in layers], [layer.bias[:end] for layer, end in layers]
+        parts = [(module.c_attn, first), (module.c_attn, second)]
+    return [layer.weight[:, part] for layer, part in parts], [layer.bias[part] for layer, part in parts]
 
 
 @dataclass(frozen=True)
@@ -61,7 +97,8 @@ class Architecture:
     attention_classes: names of the modules that call `ALL_ATTENTION_FUNCTIONS.get_interface` in their forward.
     num_heads: query heads of such a module.
     initial_spread: root mean square of its scores at initialisation.
-    query_key: views of the weights, and of the biases, that make queries and keys; None where nobody has said.
+    query_key: views of the weights, and of the biases, that make queries and keys; None where nobody has said, or
+        where the weights do not decide the size of the scores, as behind a norm of queries and keys.
     """
 
     model_type: str
@@ -130,7 +167,3 @@ def get_architecture(config: PretrainedConfig) -> Architecture:
             f"{model_type!r}, [names of its attention classes]) and test it; if not, it cannot be patched"
         )
     return _REGISTRY[model_type]
-
-
-def registered_architectures() -> tuple[str, ...]:
-    return tuple(sorted(_REGISTRY))

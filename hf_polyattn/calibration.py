@@ -6,6 +6,7 @@ the polynomial's.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import get_activation
+from .evaluating import evaluating
 from .models import read_settings, states
 from .ops import attend, rms_normalize
 from .ops.masks import build_keep
 from .state import PolyAttentionState
-from .tables import format_table
+from .tables import format_span, format_table
 
 Target = Literal["output_rms", "frobenius"]
 
@@ -49,7 +51,14 @@ class CalibrationReport:
     def __str__(self) -> str:
         header = ["module", "score spread", "peak", "softmax rms", "poly rms", "gain"]
         rows = [
-            [name, _span(m.spread), _mean(m.peak.max()), _mean(m.softmax_rms), _mean(m.poly_rms), _span(m.gain)]
+            [
+                name,
+                format_span(m.spread),
+                _mean(m.peak.max()),
+                _mean(m.softmax_rms),
+                _mean(m.poly_rms),
+                format_span(m.gain),
+            ]
             for name, m in self.modules.items()
         ]
         what = f"calibrated {len(rows)} attention modules on {self.batches} batches: mean (min to max) of the heads"
@@ -180,8 +189,8 @@ def _store(name: str, tensor: torch.Tensor, values: torch.Tensor) -> None:
     stored = values.to(tensor)
     if not (torch.isfinite(stored) & (stored != 0)).all():
         raise ValueError(
-            f"{name} would need values of {_span(values)}, which {tensor.dtype} cannot hold: calibrate in float32 or "
-            "on batches of real inputs"
+            f"{name} would need values of {format_span(values)}, which {tensor.dtype} cannot hold: "
+            "calibrate in float32 or on batches of real inputs"
         )
     tensor.copy_(stored)
 
@@ -199,13 +208,12 @@ def _observing(model: nn.Module, observers: Mapping[str, _Observer]) -> Iterator
 
     After an error alpha and gain are what they were.
     """
-    training = {module: module.training for module in model.modules()}
     before = {name: (o.state.alpha.clone(), o.state.gain.clone()) for name, o in observers.items()}
-    model.eval()
     for observer in observers.values():
         observer.state.observer = observer
     try:
-        yield
+        with evaluating(model):
+            yield
     except BaseException:
         for name, (alpha, gain) in before.items():
             observers[name].state.alpha.copy_(alpha)
@@ -214,18 +222,27 @@ def _observing(model: nn.Module, observers: Mapping[str, _Observer]) -> Iterator
     finally:
         for observer in observers.values():
             observer.state.observer = None
-        # module by module: a part that was frozen in eval mode stays so
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 def _run(model: PreTrainedModel, batches: list[Any]) -> None:
+    """The attention of `model` on each batch; its head, and with it the logits, is left out where it can be."""
     for batch in batches:
         inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-        inputs = {
-            k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items() if k != "labels"
-        }
-        model(**inputs)
+        # models of multiple choice flatten their inputs [B, choices, T] before they pass them on
+        ids = inputs.get("input_ids")
+        body = model.base_model if ids is None or ids.ndim == 2 else model
+        unwanted = {"labels", *_parameters(model) - _parameters(body)}
+        body(
+            **{
+                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for name, value in inputs.items()
+                if name not in unwanted
+            }
+        )
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
 
 
 def _sum_heads(x: torch.Tensor) -> torch.Tensor:
@@ -235,7 +252,3 @@ def _sum_heads(x: torch.Tensor) -> torch.Tensor:
 
 def _mean(x: torch.Tensor) -> str:
     return f"{x.mean().item():.3g}"
-
-
-def _span(x: torch.Tensor) -> str:
-    return f"{_mean(x)} ({x.min().item():.3g} to {x.max().item():.3g})"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 NORMALIZATIONS = ("sqrt_length", "length", "sum", "l1", "l2", "none")
 COEFFICIENTS = ("learnable", "monomial")
-BACKENDS = ("auto", "naive", "tiled")
+BACKENDS = ("auto", "cpu", "tiled", "naive")
 MAX_DEGREE = 16
 
 
@@ -27,10 +27,11 @@ class PolyAttentionConfig:
     """"learnable": c_0..c_p for each head, trained; "monomial": phi(s) = s^p; or p + 1 fixed numbers c_0..c_p."""
     init_coefficients: tuple[float, ...] | None = None
     """Where learnable coefficients start, c_0..c_p. None: the default of `activations.default_start`."""
-    normalization: str | float = "sqrt_length"
-    """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14."""
+    normalization: str | float = "length"
+    """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14. `patch_model` takes
+    "sqrt_length", the paper's, where coefficients="monomial" and nothing is said."""
     alpha: float | Literal["auto"] = "auto"
-    """Factor of the score. "auto": one over the score spread, measured or estimated from the initialiser."""
+    """Factor of the score. "auto": one over the score spread, measured or estimated from the weights."""
     beta: float = 0.0
     """Shift of the scaled score."""
     gain: float | Literal["auto"] = "auto"
@@ -46,7 +47,8 @@ class PolyAttentionConfig:
     heads: Mapping[int, tuple[int, ...]] | None = None
     """Heads to patch by layer index; the other heads of such a layer stay softmax. Layers not named: all heads."""
     backend: str = "auto"
-    """Form of the operation: "auto", "naive" or "tiled"."""
+    """Form of the operation: "auto", "cpu", "tiled" or "naive". With output_attentions, and for "tiled" in a compiled
+    graph, it is "naive" all the same: see `ops.forms`."""
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen, so set through object
@@ -101,6 +103,20 @@ class PolyAttentionConfig:
             raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
         if self.layers is not None and not self.layers:
             raise ValueError("layers is empty: nothing would be patched; leave it None to patch all layers")
+
+    def __hash__(self) -> int:
+        # a mapping has no hash of its own
+        heads = None if self.heads is None else frozenset(self.heads.items())
+        values = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "heads")
+        return hash((*values, heads))
+
+    def computes_like(self, other: "PolyAttentionConfig") -> bool:
+        """Whether alpha, beta, gain and coefficients of one mean the same in the other.
+
+        What is learned, which layers and heads are patched and the form of the operation may differ.
+        """
+        names = ("activation", "degree", "coefficients", "init_coefficients", "normalization", "qk_norm")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` gives an equal config back."""

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .attention import NAME
+from .evaluating import evaluating
 
 
 @torch.no_grad()
@@ -24,17 +25,15 @@ def weight_norms(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> t
         ValueError: when the model returns no attention weights.
     """
     implementation = model.config._attn_implementation
-    was_training = model.training
-    model.eval()
-    try:
-        if implementation not in (NAME, "eager"):
-            model.set_attn_implementation("eager")
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-        attentions = model(**inputs, output_attentions=True).attentions
-    finally:
-        if implementation not in (NAME, "eager"):
-            model.set_attn_implementation(implementation)
-        model.train(was_training)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    with evaluating(model):
+        try:
+            if implementation not in (NAME, "eager"):
+                model.set_attn_implementation("eager")
+            attentions = model(**inputs, output_attentions=True).attentions
+        finally:
+            if implementation not in (NAME, "eager"):
+                model.set_attn_implementation(implementation)
     if not attentions or any(weights is None for weights in attentions):
         raise ValueError(f"{type(model).__name__} returned no attention weights")
     return torch.stack([_norms(weights, inputs.get("attention_mask")) for weights in attentions])

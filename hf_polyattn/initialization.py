@@ -12,11 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture, head_dim
+from .attention import NAME
 
 
 @torch.no_grad()
 def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: float | None = None) -> None:
     """Sets spread and mean of the scores of a freshly initialised model, patched or not, in place.
+
+    In a patched model an alpha that the config leaves "auto", one over the spread, follows a change of the spread.
 
     Args:
         spread: root mean square of the scores around their mean; query and key weights are scaled by its root.
@@ -37,6 +40,11 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
             factor = math.sqrt(spread / entry.initial_spread(module))
             for weight in weights:
                 weight.mul_(factor)
+            state = getattr(module, NAME, None)
+            # under QK-norm the size of the weights does not reach the scores
+            if state is not None and state.config.alpha == "auto" and not state.config.qk_norm:
+                state.alpha.div_(factor**2)
+                state.spread *= factor**2
         if mean is not None:
             if not biases:
                 raise ValueError(f"{name} has no query and key biases to give scores a mean: use beta=, or spread=")

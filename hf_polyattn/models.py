@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .architectures import STOCK_PREFIX, get_architecture, head_dim
+from .architectures import STOCK_PREFIX, Architecture, get_architecture, head_dim, spread_of_weights
 from .attention import NAME, RETURN_WEIGHTS
 from .config import PolyAttentionConfig
 from .lookups import add_model_name, add_peft_targets, add_tokenizer
@@ -103,8 +103,12 @@ def refuse_other_implementation(requested: Any) -> None:
         )
 
 
-def attach(model: PreTrainedModel, settings: PolyAttentionConfig) -> None:
-    """Gives each chosen attention module its `polyattn` child, and inner models the classes that can initialise it."""
+def attach(model: PreTrainedModel, settings: PolyAttentionConfig, *, has_weights: bool = False) -> None:
+    """Gives each chosen attention module its `polyattn` child, and inner models the classes that can initialise it.
+
+    has_weights: the default alpha follows from the weights of queries and keys; without, as in a constructor, from
+        what the configuration says about their initialisation.
+    """
     architecture = get_architecture(model.config)
     modules = list(architecture.attention_modules(model))
     layers = chosen_layers(settings, len(modules))
@@ -113,10 +117,7 @@ def attach(model: PreTrainedModel, settings: PolyAttentionConfig) -> None:
         state = None
         if index in layers:
             heads = architecture.num_heads(module)
-            spread = architecture.initial_spread(module)
-            if settings.qk_norm and getattr(module, "scaling", None) is not None:
-                # normalised q and k of random direction: q . k has variance head_dim
-                spread = module.scaling * head_dim(module) ** 0.5
+            spread = _expected_spread(architecture, module, settings.qk_norm, has_weights)
             chosen = chosen_heads(settings, index, heads)
             state = PolyAttentionState(settings, heads, chosen=chosen, spread=spread, like=_floating(module, model))
             state.train(module.training)
@@ -124,6 +125,14 @@ def attach(model: PreTrainedModel, settings: PolyAttentionConfig) -> None:
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, PolyModelMixin):
             become(inner, poly_model_class(type(inner)))
+
+
+def _expected_spread(entry: Architecture, module: Any, qk_norm: bool, has_weights: bool) -> float:
+    if qk_norm and getattr(module, "scaling", None) is not None:
+        # normalised q and k of random direction: q . k has variance head_dim
+        return module.scaling * head_dim(module) ** 0.5
+    measured = spread_of_weights(entry, module) if has_weights else None
+    return measured or entry.initial_spread(module)
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from .config import PolyAttentionConfig
 from .models import chosen_heads, chosen_layers
 from .state import PolyAttentionState
 
-TESTED_TRANSFORMERS = ("5.23", "6")
+TESTED_TRANSFORMERS = ("5.20", "6")
 """From this version of transformers on, and below that one."""
 
 

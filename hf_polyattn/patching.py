@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activations import check_activation, get_activation, resolve_config
+from .activations import change_config, check_activation, get_activation, resolve_config
 from .architectures import get_architecture
 from .attention import NAME
 from .calibration import Target, calibrate_gain
@@ -23,6 +23,7 @@ from .models import (
     poly_config,
     poly_model_class,
     read_settings,
+    states,
     stock_config,
 )
 from .patchable import base_model, check_adapters, check_patchable, check_transformers, unwrap
@@ -69,7 +70,11 @@ def patch_model(
 
     Args:
         model: a whole Transformers model of a registered architecture (were only model.transformer patched, the model
-            around it would save itself as softmax). A patched one is patched anew with these options.
+            around it would save itself as softmax). A patched one is patched anew with these options; learned and
+            measured numbers that still mean the same are kept, so that another `backend`, another choice of layers and
+            heads or of what is learned loses nothing. Coefficients start anew with another activation, degree or
+            init_coefficients; alpha, beta and gain, which fit one function, also with another normalization or
+            qk_norm, when they are named anew or calibrated.
         activation: "poly", "monomial" (the paper's s^p / sqrt n), "softmax", "relu", "sigmoid" or a registered name.
         degree: of the polynomial; default 3.
         config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.
@@ -88,6 +93,7 @@ def patch_model(
     Example:
         >>> model = patch_model(model, activation="poly", degree=3)
     """
+    is_named = config is None
     if config is None:
         if degree is not None:
             options["degree"] = degree
@@ -100,6 +106,8 @@ def patch_model(
     check_activation(config)
     check_transformers(transformers.__version__)
     base = unwrap(model)
+    if is_named:
+        config = _with_measured(base, config, options)
     check_adapters(model, base, config)
     check_patchable(base, config)
     batches = None if calibrate is None else list(calibrate)
@@ -107,13 +115,27 @@ def patch_model(
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
 
     with _undo_on_error(base):
+        earlier = states(base)
         if isinstance(base, PolyModelMixin):
             _to_softmax(base)
         _to_polynomial(base, config)
+        for name, state in states(base).items():
+            if name in earlier:
+                state.keep(earlier[name], calibrated=batches is not None)
         if batches is not None:
             _say(calibrate_gain(base, batches, target=target))
     _say(coverage(base))
     return model
+
+
+def _with_measured(
+    base: PreTrainedModel, config: PolyAttentionConfig, named: Mapping[str, Any]
+) -> PolyAttentionConfig:
+    """`config`, where a preset's fixed alpha and gain give way to those that the same function was calibrated with."""
+    if not isinstance(base, PolyModelMixin) or not config.computes_like(own := read_settings(base.config)):
+        return config
+    measured = {name: "auto" for name in ("alpha", "gain") if getattr(own, name) == "auto" and name not in named}
+    return change_config(config, **measured)
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -168,12 +190,13 @@ def _to_polynomial(model: Any, settings: PolyAttentionConfig) -> None:
     model.name_or_path = ""
     _swap_config(model, poly_config(model.config, settings))
     become(model, poly_model_class(type(model)))
-    attach(model, settings)
+    attach(model, settings, has_weights=True)
     _set_tags(model, [*(model.model_tags or ()), NAME])
 
 
 def _to_softmax(model: Any) -> None:
-    default = ("sdpa" if model._supports_sdpa else "eager", model.name_or_path)
+    # a model that was loaded polynomial leaves no stock checkpoint behind: its folder would load as polynomial
+    default = ("sdpa" if model._supports_sdpa else "eager", "")
     implementation, model.name_or_path = model.__dict__.pop("_polyattn_before", default)
     detach(model)
     _swap_config(model, stock_config(model.config, implementation))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .activations import check_activation, default_start, frobenius_gain
+from .activations import check_activation, default_start, frobenius_gain, start_gain
 from .config import PolyAttentionConfig
 from .ops import NORMALIZED, attend, rms_normalize
 from .ops.masks import build_keep
@@ -72,6 +72,11 @@ class PolyAttentionState(nn.Module):
             self.register_buffer(name, tensor)
 
     @property
+    def heads(self) -> tuple[int, ...]:
+        """Indices of the patched heads, in the order of the tensors' rows."""
+        return self.chosen if self.chosen is not None else tuple(range(self.num_heads))
+
+    @property
     def has_coefficients(self) -> bool:
         return self.activation.is_polynomial and self.config.coefficients != "monomial"
 
@@ -89,7 +94,7 @@ class PolyAttentionState(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The documented start: alpha = 1 / spread, gain of unit Gaussian scores, `default_start` coefficients.
+        """The documented start: alpha = 1 / spread, `analytic_gain`, `default_start` coefficients.
 
         Goes through Transformers' guarded init functions, so that what a checkpoint has loaded is left alone.
         """
@@ -100,15 +105,50 @@ class PolyAttentionState(nn.Module):
         init.constant_(self.beta, config.beta)
         init.constant_(self.gain, gain)
         if self.has_coefficients:
-            start = config.coefficients if config.coefficients != "learnable" else config.init_coefficients
-            start = start or default_start(config.degree, config.normalization)
-            row = torch.tensor(start, dtype=self.coefficients.dtype, device=self.coefficients.device)
+            row = torch.tensor(self.start, dtype=self.coefficients.dtype, device=self.coefficients.device)
             init.copy_(self.coefficients, row.expand_as(self.coefficients))
 
+    @property
+    def start(self) -> tuple[float, ...]:
+        """c_0 ... c_p before training."""
+        config = self.config
+        if not isinstance(config.coefficients, str):
+            return config.coefficients
+        return config.init_coefficients or default_start(config.degree)
+
+    @torch.no_grad()
+    def keep(self, old: "PolyAttentionState", *, calibrated: bool) -> None:
+        """Takes the numbers that mean the same here from an earlier state of the same module, head by head.
+
+        Coefficients of the same activation and the same start; alpha, beta and gain of the same function, where the
+        config does not name another value. calibrated: what is "auto" will be measured, and is not taken.
+        """
+        config, before = self.config, old.config
+        names = []
+        if config.computes_like(before):
+            names = [name for name in ("alpha", "beta", "gain") if getattr(config, name) == getattr(before, name)]
+            names = [name for name in names if not (calibrated and getattr(config, name) == "auto")]
+        same = config.activation == before.activation and config.coefficients == before.coefficients
+        if same and self.has_coefficients and self.start == old.start:
+            names.append("coefficients")
+        mine, theirs = self.heads, old.heads
+        common = [head for head in mine if head in theirs]
+        for name in names:
+            tensor, source = getattr(self, name), getattr(old, name)
+            tensor[[mine.index(head) for head in common]] = source[[theirs.index(head) for head in common]].to(tensor)
+
     def analytic_gain(self) -> float:
-        """c_F for a bare power under "sqrt_length"; 1 elsewhere, where the start or Z_i already sets the size."""
-        bare_power = self.activation.is_polynomial and not self.has_coefficients
-        return frobenius_gain(self.config.degree) if bare_power and self.config.normalization == "sqrt_length" else 1.0
+        """What makes ‖A‖_F^2 = N for unit Gaussian scores under "sqrt_length"; 1 elsewhere and for given coefficients.
+
+        Under "length" the start of learnable coefficients has rows that sum to 1 already.
+        """
+        config = self.config
+        if config.normalization != "sqrt_length" or not self.activation.is_polynomial:
+            return 1.0
+        if not self.has_coefficients:
+            return frobenius_gain(config.degree)
+        default = config.coefficients == "learnable" and config.init_coefficients is None
+        return start_gain(config.degree) if default else 1.0
 
     def forward(
         self,

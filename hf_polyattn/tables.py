@@ -2,6 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
+
+def format_span(x: torch.Tensor) -> str:
+    """Mean, smallest and largest of [heads] as text; one number where all are equal.
+
+    >>> format_span(torch.tensor([1.0, 2.0])), format_span(torch.tensor([0.5, 0.5]))
+    ('1.5 (1 to 2)', '0.5')
+    """
+    if torch.equal(x, x[:1].expand_as(x)):
+        return f"{x[0].item():.3g}"
+    return f"{x.mean().item():.3g} ({x.min().item():.3g} to {x.max().item():.3g})"
+
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of text cells; the first column is aligned left, the others right.

@@ -4,12 +4,21 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_polyattn import PolyAttentionConfig
-from hf_polyattn.activations import default_start, frobenius_gain, get_activation, register_activation, resolve_config
+from hf_polyattn.activations import (
+    change_config,
+    default_start,
+    frobenius_gain,
+    get_activation,
+    register_activation,
+    resolve_config,
+    start_gain,
+)
 from hf_polyattn.config import BACKENDS, MAX_DEGREE, NORMALIZATIONS
 
 NUMBERS = st.floats(-1e6, 1e6)
@@ -52,6 +61,18 @@ def test_every_field_is_documented_where_it_is_declared():
     for field in dataclasses.fields(PolyAttentionConfig):
         (line,) = (i for i, text in enumerate(lines) if text.startswith(f"    {field.name}:"))
         assert lines[line + 1].strip().startswith('"""'), field.name
+
+
+@settings(max_examples=50, deadline=None)
+@given(configs())
+def test_equal_configs_have_equal_hashes(config):
+    again = PolyAttentionConfig.from_dict(config.to_dict())
+    assert hash(config) == hash(again)
+    assert {config: 1}[again] == 1
+
+
+def test_hashes_see_the_heads():
+    assert len({PolyAttentionConfig(heads=heads) for heads in (None, {0: [1]}, {0: [2]}, {1: [1]}, {"0": [1]})}) == 4
 
 
 def test_config_is_frozen():
@@ -115,7 +136,7 @@ def test_sequences_become_tuples_and_keys_become_numbers():
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [
-        ("poly", {"coefficients": "learnable", "degree": 3, "alpha": "auto"}),
+        ("poly", {"coefficients": "learnable", "degree": 3, "alpha": "auto", "normalization": "length"}),
         ("monomial", {"coefficients": "monomial", "normalization": "sqrt_length", "alpha": 1.0, "gain": 1.0}),
         ("softmax", {"normalization": "sum", "alpha": 1.0, "gain": 1.0}),
         ("relu", {"normalization": "length", "alpha": 1.0, "gain": 1.0}),
@@ -139,9 +160,59 @@ def test_number_of_coefficients_sets_the_degree():
         resolve_config("poly", coefficients=(0, 1, 2), degree=3)
 
 
+def test_a_changed_config_keeps_what_was_not_named():
+    config = resolve_config("poly", init_coefficients=(0, 1, 0, 1), normalization="l1", heads={0: [1]})
+    assert change_config(config, backend="naive") == resolve_config(
+        "poly", init_coefficients=(0, 1, 0, 1), normalization="l1", heads={0: [1]}, backend="naive"
+    )
+    assert change_config(config, degree=5).init_coefficients is None
+    assert change_config(config, coefficients=(0, 1)).degree == 1
+    with pytest.raises(ValueError, match="degree 5 needs 6 coefficients, got 2"):
+        change_config(change_config(config, coefficients=(0, 1)), degree=5)
+
+
 def test_activations_without_coefficients_refuse_them():
     with pytest.raises(ValueError, match="has no coefficients"):
         resolve_config("relu", coefficients=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        "monomial",
+        (0.0, 0.0, 1.0),
+        (0.3, 0.0, 2.0),
+        (1.0, 0.2, 1.0),
+        [math.comb(4, k) / 4**k for k in range(5)],
+        [math.comb(4, k) / 3**k for k in range(5)],
+        [round(math.comb(8, k) / 3**k, 9) for k in range(9)],
+        # x^2 (x - 1)^2 touches 0 twice
+        (0.0, 0.0, 1.0, -2.0, 1.0),
+        (1.0, 0.0, 0.0),
+    ],
+)
+def test_sums_are_for_polynomials_that_are_nowhere_negative(coefficients):
+    degree = 2 if coefficients == "monomial" else len(coefficients) - 1
+    resolve_config("poly", coefficients=coefficients, degree=degree, normalization="sum")
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "degree", "why"),
+    [
+        ("learnable", 2, "learnable coefficients may take any sign"),
+        ("learnable", 3, "learnable"),
+        ("monomial", 3, "degree 3 is odd"),
+        ((0.0, 1.0, 0.29), 2, "falls below 0"),
+        ((0.0, 0.0, 0.0, 1.0), 3, "falls below 0"),
+        ((0.0, 0.0, -1.0), 2, "falls below 0"),
+        ((1.0, 0.0, -3.0, 0.0, 1.0), 4, "falls below 0"),
+        ((-0.01, 0.0, 1.0), 2, "falls below 0"),
+        ((0.0, 0.0, 0.0), 2, "falls below 0"),
+    ],
+)
+def test_sums_that_could_be_zero_are_refused(coefficients, degree, why):
+    with pytest.raises(ValueError, match=f'"sum" needs weights of one sign, and .*{why}.* Use "l1" or "l2"'):
+        resolve_config("poly", coefficients=coefficients, degree=degree, normalization="sum")
 
 
 def test_unknown_options_are_refused():
@@ -159,14 +230,27 @@ def test_registering_twice_needs_consent():
     assert register_activation("poly", exist_ok=True) == entry
 
 
-@pytest.mark.parametrize("degree", range(1, MAX_DEGREE + 1))
-def test_default_start_has_the_degree_and_an_odd_top(degree):
-    start = default_start(degree, "sqrt_length")
-    assert len(start) == degree + 1
-    assert all(math.isfinite(c) for c in start)
-    assert start[1] > 0
+def test_powers_take_the_normalization_of_the_paper():
+    assert resolve_config("poly", coefficients="monomial").normalization == "sqrt_length"
+    assert resolve_config("poly", coefficients="monomial", normalization="l2").normalization == "l2"
+    assert resolve_config("poly", coefficients=(0, 1, 2)).normalization == "length"
+
+
+def test_default_start_is_the_gaussian_least_squares_fit_of_exp():
+    """Against the normal equations on quadrature points, and the forms that the docstring names."""
+    points, weight = np.polynomial.hermite_e.hermegauss(60)
+    for degree in range(1, 9):
+        powers = np.vander(points, degree + 1, increasing=True) * np.sqrt(weight)[:, None]
+        best = np.linalg.lstsq(powers, np.exp(points - 0.5) * np.sqrt(weight), rcond=None)[0]
+        assert default_start(degree) == pytest.approx(best, abs=1e-8)
+        values = np.polynomial.polynomial.polyval(points, default_start(degree))
+        assert (values * weight).sum() / weight.sum() == pytest.approx(1)
+        assert start_gain(degree) ** -2 == pytest.approx((values**2 * weight).sum() / weight.sum())
+    s = np.linspace(-4, 4, 9)
+    assert np.polynomial.polynomial.polyval(s, default_start(3)) == pytest.approx((2 + (1 + s) ** 3) / 6)
+    assert np.polynomial.polynomial.polyval(s, default_start(2)) == pytest.approx((1 + s) ** 2 / 2)
 
 
 def test_gain_of_the_frobenius_norm():
-    """E s^(2p) = (2p - 1)!! for unit Gaussian scores: DESIGN's 1, .577, .258, .098."""
+    """E s^(2p) = (2p - 1)!! for unit Gaussian scores as it is tabled."""
     assert [round(frobenius_gain(p), 3) for p in (1, 2, 3, 4)] == [1.0, 0.577, 0.258, 0.098]

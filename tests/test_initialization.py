@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from hf_polyattn import calibrate_gain, patch_model, register_architecture, start_scores
-from hf_polyattn.architectures import get_architecture
+from hf_polyattn.architectures import get_architecture, spread_of_weights
 from hf_polyattn.models import states
 
 IDS = torch.arange(48).view(2, 24)
@@ -86,6 +86,57 @@ def test_same_attention_after_patching():
     assert len(states(models[0])) == 2
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def built(name):
+    torch.manual_seed(0)
+    return AutoModel.from_config(CONFIGS[name])
+
+
+def alphas(model):
+    return torch.stack([state.alpha for state in states(model).values()])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_default_alpha_follows_the_weights(name):
+    fresh = alphas(patch_model(built(name)))
+    entry = get_architecture(CONFIGS[name])
+    expected = [1 / entry.initial_spread(module) for _, module in entry.attention_modules(built(name))]
+    torch.testing.assert_close(fresh.mean(1), torch.tensor(expected), rtol=0.05, atol=0)
+    scaled = built(name)
+    start_scores(scaled, spread=1.0)
+    torch.testing.assert_close(alphas(patch_model(scaled)), fresh * torch.tensor(expected)[:, None] ** -1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_of_a_started_model_have_unit_spread_after_alpha(name):
+    model = built(name)
+    start_scores(model, spread=1.0)
+    model = patch_model(model)
+    default = alphas(model)
+    measured_alpha = 1 / measured(model)
+    torch.testing.assert_close(default.mean(1), measured_alpha, rtol=0.35, atol=0)
+
+
+@pytest.mark.parametrize(("options", "follows"), [({}, True), ({"alpha": 2.0}, False), ({"qk_norm": True}, False)])
+def test_alpha_follows_a_change_of_the_spread_only_where_it_means_the_spread(options, follows):
+    model = patch_model(built("llama"), **options)
+    before = alphas(model)
+    start_scores(model, spread=1.0)
+    entry = get_architecture(model.config)
+    spreads = torch.tensor([entry.initial_spread(module) for _, module in entry.attention_modules(model)])
+    expected = before * spreads[:, None] if follows else before
+    torch.testing.assert_close(alphas(model), expected)
+
+
+def test_weights_that_cannot_be_read_leave_the_formula_of_the_configuration():
+    with torch.device("meta"):
+        model = AutoModel.from_config(CONFIGS["llama"])
+    entry = get_architecture(model.config)
+    (_, module), *_ = entry.attention_modules(model)
+    assert spread_of_weights(entry, module) is None
+    patch_model(model)
+    assert next(iter(states(model).values())).spread == entry.initial_spread(module)
 
 
 def test_refusals():

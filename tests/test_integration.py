@@ -36,6 +36,8 @@ from transformers import (
 from hf_polyattn import patch_model
 from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.models import states
+from hf_polyattn.training.optimization import adamw
+from hf_polyattn_arguments import OptimizationArguments
 
 FAMILIES = [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForMaskedLM)]
 CROSS = [("gpt2-cross", AutoModelForCausalLM), ("bert-cross", AutoModelForCausalLM)]
@@ -247,7 +249,7 @@ def test_position_bias_softcap_and_window_are_honoured(softmax):
         scores = state.alpha.view(-1, 1, 1) * scores + state.beta.view(-1, 1, 1)
         powers = torch.stack([scores**n for n in range(4)], -1)
         weights = torch.einsum("bhijn,hn->bhij", powers, state.coefficients) * state.gain.view(-1, 1, 1)
-        weights = (weights / keep.sum(-1, keepdim=True).double().sqrt()).masked_fill(~keep, 0)
+        weights = (weights / keep.sum(-1, keepdim=True)).masked_fill(~keep, 0)
     assert torch.allclose(out.transpose(1, 2), weights @ v, rtol=1e-9, atol=1e-10)
     # the same with the mask spelt out, in which the window is contained
     masked, _ = polyattn_attention(module, q, k, v, keep[None, None], **{**options, "sliding_window": 1})
@@ -315,7 +317,7 @@ def test_pipelines_run_on_a_saved_folder(tmp_path, quiet_transformers, task, fam
         assert result["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-4)
 
 
-def trainer(folder, model, **options):
+def trainer(folder, model, optimizer=None, **options):
     data = [{"input_ids": row, "labels": row} for row in token_ids(16, 8)]
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -329,7 +331,7 @@ def trainer(folder, model, **options):
         use_cpu=True,
         **options,
     )
-    return Trainer(model, arguments, train_dataset=data)
+    return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
 
 
 def losses(run):
@@ -352,6 +354,22 @@ def test_trainer_trains_saves_and_resumes(tmp_path):
         assert torch.allclose(tensor, resumed.model.state_dict()[name], atol=1e-6), name
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "checkpoint-4")
     assert torch.allclose(output(reloaded), output(straight.model.eval()), atol=1e-6)
+
+
+def test_trainer_with_the_optimizer_of_the_recipes_does_not_decay_the_learned_state(tmp_path):
+    model = patch_model(tiny("gpt2", double=False), learn_gain=True)
+    for parameter in model.parameters():
+        # no gradient: what moves is decayed
+        parameter.register_hook(torch.zeros_like)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = OptimizationArguments(learning_rate=1e-3, weight_decay=0.5, polyattn_learning_rate_multiplier=3.0)
+    optimizer = adamw(model, settings)
+    trainer(tmp_path, model, optimizer).train()
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and ".polyattn." not in name
+        assert torch.equal(parameter, before[name]) != is_matrix, name
+    rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"decay": 1e-3, "plain": 1e-3, "polyattn": 3e-3})
 
 
 def test_trainer_shifts_labels_for_label_smoothing(tmp_path):

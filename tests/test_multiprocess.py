@@ -32,7 +32,9 @@ def assert_close_metrics(a, b, names=("loss", "gradient_norm", "validation_loss"
     for name in names:
         one, two = metrics(a, name), metrics(b, name)
         assert one.keys() == two.keys()
-        assert one == pytest.approx(two, rel=TOLERANCE), name
+        # AdamW turns the rounding of a gradient near 0 into a step of full size, and gradients feel that first
+        tolerance = 10 * TOLERANCE if name == "gradient_norm" else TOLERANCE
+        assert one == pytest.approx(two, rel=tolerance), name
     assert metrics(a, "tokens") == metrics(b, "tokens")
 
 
@@ -54,6 +56,25 @@ def both(name, folder, arguments):
 def test_causal_lm(tmp_path, extra):
     text = write_text(tmp_path)
     assert_close_metrics(*both("pretrain_causal_lm", tmp_path, [*STEPS, *GPT2, "--dataset", text, *extra]))
+
+
+def test_calibration_needs_no_more_memory_than_training(tmp_path):
+    """The batches it sees are those of one process and one part."""
+    module = recipe("pretrain_causal_lm")
+    arguments = [*STEPS, *GPT2, "--dataset", write_text(tmp_path), "--gradient_accumulation_steps", 3]
+
+    def child():
+        read = module.first_inputs
+
+        def checked(*args, **kwargs):
+            for batch in read(*args, **kwargs):
+                assert len(batch["input_ids"]) == 12 // 3 // 2
+                yield batch
+
+        module.first_inputs = checked
+        run_recipe("pretrain_causal_lm", tmp_path / "out", *arguments, "--max_steps", 1)
+
+    in_processes(2, child)
 
 
 def test_masked_lm_with_unequal_labels_per_process(tmp_path):
@@ -132,7 +153,8 @@ def test_non_finite_values_are_found_on_whatever_process_has_them(tmp_path):
 def test_sharded_model(tmp_path):
     """FSDP2, which accelerate itself sets up on GPUs only: losses, saved model and resume are those of one process."""
 
-    def sharded(*arguments):
+    def sharded(*arguments, prune=checkpoints.prune):
+        checkpoints.prune = prune
         module = recipe("pretrain_causal_lm")
         start = module.start_accelerator
 
@@ -157,7 +179,8 @@ def test_sharded_model(tmp_path):
     torch.testing.assert_close(dict(two.state_dict()), dict(one.state_dict()), rtol=1e-4, atol=1e-5)
 
     whole = metrics(tmp_path / "two")
-    in_processes(2, lambda: sharded(*short, "--overwrite", "--save_steps", 3))
+    # a checkpoint that nothing points to would be deleted
+    in_processes(2, lambda: sharded(*short, "--overwrite", "--save_steps", 3, prune=lambda out: None))
     checkpoints.point(tmp_path / "two" / "last", tmp_path / "two" / "checkpoint-000003")
     in_processes(2, lambda: sharded(*short, "--resume"))
     assert metrics(tmp_path / "two") == whole

@@ -7,16 +7,13 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import (
     ALL_AUTO_CLASSES,
-    HEADS,
     LAYERS,
     batch_for,
     disturb,
     output,
     patched_tiny,
-    same_bits,
     tiny,
     tiny_config,
 )
@@ -28,13 +25,10 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     GPT2LMHeadModel,
-    LlamaConfig,
 )
 
 import hf_polyattn
 from hf_polyattn import PolyAttentionConfig, coverage, patch_model, patched, unpatch_model
-from hf_polyattn.activations import _REGISTRY as ACTIVATIONS
-from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.models import states
 from hf_polyattn.patchable import check_transformers
 
@@ -134,6 +128,79 @@ def test_patching_anew_replaces_the_options():
     assert torch.equal(output(model), output(once))
     unpatch_model(model)
     assert type(model) is GPT2LMHeadModel
+
+
+def state_of(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items() if ".polyattn." in key}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert-decoder"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"degree": 2, "learn_gain": True},
+        {"init_coefficients": (0, 1, 0, 1), "normalization": "l2", "learn_affine": True},
+        {"activation": "monomial"},
+        {"heads": {0: [1, 3]}, "qk_norm": True},
+    ],
+    ids=str,
+)
+def test_another_backend_keeps_what_was_learned_and_measured(family, options, tmp_path):
+    model = patched_tiny(family, poly=options)
+    before, expected = state_of(model), output(model)
+    model.save_pretrained(tmp_path)
+    for source in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        patch_model(source, **options, backend="naive")
+        assert source.config.polyattn["backend"] == "naive"
+        assert all(torch.equal(before[key], tensor) for key, tensor in state_of(source).items())
+        torch.testing.assert_close(output(source), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"degree": 5}, ()),
+        ({"init_coefficients": (0, 1, 0, 1)}, ()),
+        ({"activation": "monomial"}, ()),
+        ({"coefficients": (0, 1, 0, 1)}, ()),
+        ({"normalization": "l1"}, ("coefficients",)),
+        ({"qk_norm": True}, ("coefficients",)),
+        ({"alpha": 2.0}, ("coefficients", "beta", "gain")),
+        ({"gain": 2.0}, ("coefficients", "beta", "alpha")),
+        ({"learn_gain": True}, ("coefficients", "alpha", "beta", "gain")),
+    ],
+    ids=str,
+)
+def test_what_no_longer_means_the_same_starts_anew(change, kept):
+    model = patched_tiny("gpt2")
+    before = state_of(model)
+    patch_model(model, **change)
+    fresh = tiny("gpt2")
+    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if ".polyattn." not in k}, strict=False)
+    fresh = state_of(patch_model(fresh, **change))
+    for key, tensor in state_of(model).items():
+        expected = before if key.rsplit(".", 1)[1] in kept else fresh
+        assert torch.equal(tensor, expected[key]), key
+
+
+def test_calibration_of_a_patched_model_keeps_its_coefficients():
+    model = patched_tiny("gpt2")
+    before = state_of(model)
+    patch_model(model, calibrate=[batch_for(model, seed=5)])
+    for key, tensor in state_of(model).items():
+        assert torch.equal(tensor, before[key]) == key.endswith(("coefficients", "beta")), key
+
+
+def test_heads_that_stay_patched_keep_their_numbers():
+    model = patched_tiny("gpt2", poly={"heads": {0: [1, 3]}})
+    before = state_of(model)["transformer.h.0.attn.polyattn.coefficients"]
+    patch_model(model, heads={0: [0, 3]})
+    after = state_of(model)["transformer.h.0.attn.polyattn.coefficients"]
+    assert torch.equal(after[1], before[1])
+    assert not torch.equal(after[0], before[0])
+    patch_model(model)
+    assert torch.equal(state_of(model)["transformer.h.0.attn.polyattn.coefficients"][[0, 3]], after)
 
 
 def test_options_may_come_as_a_config():
@@ -341,164 +408,3 @@ def test_asking_a_stock_model_for_polyattn_is_refused():
     model.set_attn_implementation("polyattn")
     with pytest.raises(ValueError, match="never patched"):
         output(model)
-
-
-# parts of a model
-
-
-def attention_of(model, layer):
-    return model.transformer.h[layer].attn
-
-
-def test_layers_that_are_left_out_compute_softmax():
-    stock = tiny("gpt2")
-    model = patch_model(copy.deepcopy(stock), layers=[0])
-    seen = {}
-    for layer in range(LAYERS):
-        hook = lambda m, args, out, layer=layer: seen.update({layer: (args[0], out[0])})  # noqa: E731
-        attention_of(model, layer).register_forward_hook(hook)
-    output(model)
-    length = seen[0][0].shape[1]
-    causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)[None, None]
-    for layer, softmax in ((0, False), (1, True)):
-        hidden, out = seen[layer]
-        expected = attention_of(stock, layer)(hidden, attention_mask=causal)[0]
-        assert torch.allclose(out, expected, atol=1e-10) == softmax
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_heads_that_are_left_out_compute_softmax(family, masked):
-    model = patched_tiny(family, poly={"heads": {0: [1, 3], 1: [0]}})
-    for name, state in states(model).items():
-        module, chosen = model.get_submodule(name), list(state.chosen)
-        kv_heads = 2 if family == "llama" else HEADS
-        q = torch.randn(2, HEADS, 6, 8, dtype=torch.float64)
-        k, v = torch.randn(2, 2, kv_heads, 6, 8, dtype=torch.float64)
-        keep = torch.rand(2, 1, 6, 6) < 0.7
-        keep |= torch.eye(6, dtype=torch.bool)
-        out, weights = polyattn_attention(
-            module, q, k, v, keep if masked else None, scaling=0.3, output_attentions=True
-        )
-        if not masked:
-            keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
-        k, v = (x.repeat_interleave(HEADS // kv_heads, 1) for x in (k, v))
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=0.3)
-        expected[:, chosen] = hf_polyattn.polynomial_attention(
-            q[:, chosen],
-            k[:, chosen],
-            v[:, chosen],
-            coefficients=state.coefficients,
-            alpha=state.alpha,
-            beta=state.beta,
-            gain=state.gain,
-            keep=keep,
-            scaling=0.3,
-        )
-        # the softmax of the definition divides by 1e-6 more than the sum
-        assert torch.allclose(out.transpose(1, 2), expected, atol=1e-5)
-        rest = [head for head in range(HEADS) if head not in chosen]
-        assert torch.allclose(weights[:, rest].sum(-1), torch.ones(()).double(), atol=1e-5)
-        fast, none = polyattn_attention(
-            module, q, k[:, :: HEADS // kv_heads], v[:, :: HEADS // kv_heads], keep, scaling=0.3
-        )
-        assert none is None
-        assert torch.allclose(fast.transpose(1, 2), expected, atol=1e-12)
-
-
-def test_state_of_a_part_holds_the_chosen_heads_only():
-    model = patch_model(tiny("llama"), learn_gain=True, heads={0: [1, 3]}, layers=[0])
-    (state,) = states(model).values()
-    assert state.coefficients.shape == (2, 4)
-    assert state.gain.shape == (2,)
-
-
-def test_naming_all_heads_is_naming_none():
-    model = patch_model(tiny("gpt2"), heads={0: range(HEADS)})
-    assert all(state.chosen is None for state in states(model).values())
-
-
-# other people's activations and architectures
-
-
-@pytest.fixture
-def silu():
-    hf_polyattn.register_activation("silu", lambda s, n: F.silu(s), defaults={"normalization": "length"})
-    yield
-    ACTIVATIONS.pop("silu")
-
-
-def test_registered_activation_works_end_to_end(silu, tmp_path):
-    model = patch_model(tiny("gpt2"), "silu", alpha=2.0)
-    assert model.config.polyattn["normalization"] == "length"
-    module = model.transformer.h[0].attn
-    q, k, v = torch.randn(3, 1, HEADS, 5, 8, dtype=torch.float64)
-    out, _ = polyattn_attention(module, q, k, v, None, scaling=0.3)
-    scores = (0.6 * q @ k.transpose(-1, -2)).tril()
-    weights = F.silu(scores) / torch.arange(1, 6)[:, None]
-    assert torch.allclose(out.transpose(1, 2), weights @ v, atol=1e-12)
-    model.save_pretrained(tmp_path)
-    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), model)
-    with pytest.raises(ValueError, match="already registered"):
-        hf_polyattn.register_activation("silu")
-    entry = ACTIVATIONS.pop("silu")
-    try:
-        with pytest.raises(ValueError, match="unknown activation 'silu'.*register_activation"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-    finally:
-        ACTIVATIONS["silu"] = entry
-
-
-def test_bad_defaults_fail_at_registration():
-    with pytest.raises(ValueError, match="normalization"):
-        hf_polyattn.register_activation("bad", lambda s, n: s, defaults={"normalization": "L1"})
-    assert "bad" not in ACTIVATIONS
-
-
-def test_registered_architecture_works_end_to_end(tmp_path):
-    model = patched_tiny("mistral")
-    assert str(coverage(model)) == "poly: patched 2 of 2 attention modules (8 of 8 heads)"
-    model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(reloaded).__name__ == "PolyMistralForCausalLM"
-    assert same_bits(reloaded, model)
-    with pytest.raises(ValueError, match="already registered"):
-        hf_polyattn.register_architecture("mistral", ["MistralAttention"])
-    with pytest.raises(ValueError, match="has no architecture 'mistrall'"):
-        hf_polyattn.register_architecture("mistrall", ["MistralAttention"])
-
-
-@pytest.mark.parametrize("activation", ["softmax", "relu", "sigmoid"])
-def test_baselines_are_what_the_literature_says(activation):
-    stock = tiny("llama")
-    model = patch_model(copy.deepcopy(stock), activation)
-    module = model.model.layers[0].self_attn
-    q, k, v = torch.randn(3, 1, HEADS, 5, 8, dtype=torch.float64)
-    out, _ = polyattn_attention(module, q, k[:, ::2], v[:, ::2], None, scaling=0.3)
-    k, v = (x[:, ::2].repeat_interleave(2, 1) for x in (k, v))
-    scores, lengths = 0.3 * q @ k.transpose(-1, -2), torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    weights = {
-        "softmax": scores.masked_fill(~causal, -torch.inf).softmax(-1),
-        "relu": scores.clamp(min=0).masked_fill(~causal, 0) / lengths,
-        "sigmoid": (scores - lengths.log()).sigmoid().masked_fill(~causal, 0),
-    }[activation]
-    assert torch.allclose(out.transpose(1, 2), weights @ v, atol=1e-12)
-    if activation == "softmax":
-        assert torch.allclose(output(model), output(stock), atol=1e-10)
-
-
-def test_softmax_with_a_gain_is_not_plain_softmax():
-    plain, doubled = (patch_model(tiny("gpt2"), "softmax", **o) for o in ({}, {"gain": 2.0}))
-    q, k, v = torch.randn(3, 1, HEADS, 5, 8, dtype=torch.float64)
-    one, two = (polyattn_attention(m.transformer.h[0].attn, q, k, v, None)[0] for m in (plain, doubled))
-    assert torch.allclose(2 * one, two, atol=1e-5)
-
-
-def test_initializer_range_of_the_host_gives_the_default_alpha():
-    wide = patch_model(
-        AutoModelForCausalLM.from_config(LlamaConfig(**tiny_config("llama").to_dict() | {"initializer_range": 0.2}))
-    )
-    narrow = patch_model(tiny("llama", double=False))
-    a, b = (next(iter(states(m).values())).alpha[0].item() for m in (wide, narrow))
-    assert b / a == pytest.approx(100, rel=1e-4)

@@ -137,6 +137,13 @@ def test_an_adapter_finds_its_polynomial_base(saved):
     assert torch.allclose(output(reloaded), output(model), atol=1e-6)
 
 
+def test_an_adapter_of_an_unpatched_model_does_not_name_the_polynomial_folder(saved):
+    model = unpatch_model(AutoModelForCausalLM.from_pretrained(saved[0] / "base"))
+    assert model.name_or_path == ""
+    lora(model).save_pretrained(saved[0] / "adapter")
+    assert not peft.PeftConfig.from_pretrained(saved[0] / "adapter").base_model_name_or_path
+
+
 def test_default_targets_are_those_of_the_stock_architecture():
     for family in ("gpt2", "llama", "bert"):
         names = [

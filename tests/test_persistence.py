@@ -208,7 +208,7 @@ def test_missing_state_takes_the_documented_start(tmp_path, family, auto, source
     reloaded = auto.from_pretrained(tmp_path)
     assert output(reloaded).isfinite().all()
     for state in states(reloaded).values():
-        start = torch.tensor(default_start(4, "l1"))
+        start = torch.tensor(default_start(4))
         assert torch.equal(state.coefficients, start.expand(4, -1))
         # with QK-norm the score spread is 1
         assert torch.allclose(state.alpha, torch.ones(4))

@@ -54,6 +54,39 @@ print(json.dumps({"cpu_seconds": time.process_time() - start, "modules": sorted(
     assert report["cpu_seconds"] < 1.0
 
 
+def test_the_demo_starts_without_what_only_recipes_need():
+    code = "import sys, hf_polyattn.demo_worker; print({'peft', 'evaluate'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    files = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "recipes").glob("*.py")]
+    names = {name.split(".")[0] for path in files for name in foreign_imports(path)} - set(sys.stdlib_module_names)
+    names -= {path.stem for path in files} | {PACKAGE.name}
+    owners = importlib.metadata.packages_distributions()
+    required = dependencies()
+    missing = {name for name in names if not {normal(owner) for owner in owners.get(name, [name])} & required}
+    assert not missing
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def dependencies() -> set[str]:
+    """Names under [project] dependencies, read from the file and not from what is installed."""
+    (block,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.DOTALL)
+    return {normal(re.match(r"[\w.-]+", entry).group()) for entry in re.findall(r'"([^"]+)"', block)}
+
+
+def foreign_imports(path: Path) -> set[str]:
+    """Modules that a file imports by their full names."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+
+
 def test_ops_know_nothing_of_transformers():
     for path in (PACKAGE / "ops").glob("*.py"):
         foreign = {name for name in top_imports(path) if name.split(".")[0] in ("transformers", "accelerate")}

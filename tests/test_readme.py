@@ -93,6 +93,7 @@ def skeleton(text: str) -> set[str]:
 
 KEY_LINES = [
     r"^text: the standard library of Python #, # byte-level BPE tokens; # blocks of # to train on",
+    r"^the cubic: (compiled for this processor|plain torch)",
     r"^softmax softmax: GPT#LMHeadModel as it is, # parameters$",
     r"^cubic poly: patched # of # attention modules \(# of # heads\), # parameters$",
     r"^softmax step #/# validation loss #$",
@@ -171,11 +172,16 @@ def test_python_blocks_run_one_after_another(workplace, monkeypatch):
     # other tests of this process register the readme's example too
     stock = {name: entry for name, entry in architectures._REGISTRY.items() if name in ("gpt2", "llama", "bert")}
     monkeypatch.setattr(architectures, "_REGISTRY", stock)
-    names = {"tokenizer": AutoTokenizer.from_pretrained(HUB_MODEL)}
+    names = {"tokenizer": AutoTokenizer.from_pretrained(HUB_MODEL), "rows": [{"input_ids": [1, 2, 3]}] * 16}
     for block in PYTHON:
         print(block.text)
         exec(compile(block.text, "README.md", "exec"), names)
     assert names["out"].shape == (2, 8, 128, 64)
+    assert {group["name"]: group["weight_decay"] for group in names["trainer"].optimizer.param_groups} == {
+        "decay": 0.1,
+        "plain": 0.0,
+        "polyattn": 0.0,
+    }
     assert type(names["model"]).__name__ == "GPT2LMHeadModel"
     assert torch.isfinite(names["out"]).all()
 
@@ -196,9 +202,9 @@ def test_definition_page_shows_the_constants_of_the_code():
     row = next(line for line in page.splitlines() if line.startswith("| c_F |"))
     shown = [float(cell) for cell in row.strip("|").split("|")[1:]]
     assert shown == pytest.approx([frobenius_gain(p) for p in (1, 2, 3, 4)], abs=6e-4)
-    starts = {1: (0, 1), 2: (0, 1, frobenius_gain(2) / 2), 3: (0, 0.5, 0, frobenius_gain(3) / 2)}
-    starts[4] = (*starts[3], 0)
-    for degree, start in starts.items():
-        assert default_start(degree, "sqrt_length") == pytest.approx(start)
+    rows = dict(re.findall(r"^\| (\d) \| (c = [^|]*) \|", page, re.M))
+    assert set(rows) == {"1", "2", "3", "4"}
+    for degree, row in rows.items():
+        assert [float(c) for c in row[4:].split(", ")] == pytest.approx(default_start(int(degree)), abs=1e-3)
     for name in ("sqrt_length", "length", "sum", "l1", "l2", "none"):
         assert f'| `"{name}"`' in page

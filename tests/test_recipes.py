@@ -4,22 +4,28 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
 from recipe_runs import RECIPES, debug_config, metrics, recipe, run_recipe, write_text
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_polyattn import coverage
+from hf_polyattn.training.lora import load_trained
 from hf_polyattn.training.nonfinite import NonFiniteError
 from hf_polyattn.training.run import MAX_SKIPPED_STEPS
+from hf_polyattn.training.tokenizers import byte_tokenizer
 
 WITHOUT_DROPOUT = {
     "pretrain_causal_lm": "{n_layer: 2, n_head: 2, n_embd: 32, resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}",
@@ -161,14 +167,31 @@ def test_classifier_of_pairs_with_named_classes(tmp_path):
         *("finetune_classifier", tmp_path / "out", *SHORT, "--dataset", data, "--column_names", "a", "b", "kind"),
         *("--text_column", "a", "--pair_column", "b", "--label_column", "kind", "--lora_r", 2),
     )
-    from hf_polyattn.training.lora import load_trained
-
     model = load_trained(AutoModelForSequenceClassification, tmp_path / "out" / "last")
     assert model.config.label2id == {"other": 0, "same": 1}
     with pytest.raises(ValueError, match=r"no column \['kid'\]"):
         run_recipe(
             "finetune_classifier", tmp_path / "x", "--dataset", data, "--label_column", "kid", "--text_column", "w0"
         )
+
+
+def test_evaluating_a_classifier_leaves_every_module_in_its_mode():
+    module = recipe("finetune_classifier")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    model = AutoModelForSequenceClassification.from_config(BertConfig(**sizes, vocab_size=9)).train()
+    model.bert.embeddings.eval()
+    before = [part.training for part in model.modules()]
+    rows = [{"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([0, 1])}]
+    module.evaluate(Accelerator(cpu=True), model, rows)
+    assert [part.training for part in model.modules()] == before
+
+
+def test_classifier_pads_with_bytes_too(pretrained, tmp_path):
+    arguments = ["--model_type=", "--model_config={}", "--model", pretrained[0] / "best", "--tokenizer", "bytes"]
+    run_recipe("finetune_classifier", tmp_path, *arguments, *SHORT, "--max_length", 16)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "last")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "last")
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 256
 
 
 def test_regression(tmp_path):
@@ -246,6 +269,41 @@ def test_push_publishes_a_model_that_stands_alone(pretrained, tmp_path, monkeypa
     assert type(model).__name__ == "PolyGPT2LMHeadModel"
     assert not any("lora" in key for key in model.state_dict())
     assert tokenizer.eos_token_id == 256
+
+
+def test_adapters_of_a_softmax_twin_stay_softmax(pretrained, tmp_path, monkeypatch):
+    """The checkpoint it started from is polynomial; output_dir is relative, and is read from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", pretrained[0] / "best", "--activation", "softmax", "--lora_r", 2, "--save_steps", 2]
+    run_recipe("finetune_causal_lm", Path("out"), *arguments, "--max_steps", 3, "--eval_steps", 0)
+    results = run_recipe(
+        "finetune_causal_lm", Path("out"), *arguments, "--max_steps", 3, "--eval_steps", 0, "--resume"
+    )
+    assert results["attention"] == "softmax"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert type(load_trained(AutoModelForCausalLM, tmp_path / "out" / "last")).__name__ == "GPT2LMHeadModel"
+
+
+def test_adapters_of_a_stock_classifier_are_published_with_their_labels(tmp_path, monkeypatch):
+    pushed = []
+    for cls in (PreTrainedModel, PreTrainedTokenizerBase):
+        monkeypatch.setattr(cls, "push_to_hub", lambda self, name, private: pushed.append(self))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    tokenizer = byte_tokenizer(["pad_token", "cls_token", "sep_token"])
+    # a base without labels, as on the Hub
+    AutoModelForMaskedLM.from_config(BertConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(
+        tmp_path / "stock"
+    )
+    tokenizer.save_pretrained(tmp_path / "stock")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": "ab"[i % 2] * 5, "label": "xyz"[i % 3]}) + "\n" for i in range(60)))
+    arguments = {"model": tmp_path / "stock", "dataset": data, "activation": "softmax", "lora_r": 2, "max_steps": 2}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({k: str(v) for k, v in arguments.items()} | {"batch_size": 8, "max_length": 8}))
+    run_recipe("finetune_classifier", tmp_path / "out", "--push_to_hub", config=str(config))
+    assert pushed[0].config.label2id == {"x": 0, "y": 1, "z": 2}
+    assert type(pushed[0]).__name__ == "BertForSequenceClassification"
 
 
 def test_trackers_through_accelerate(tmp_path, monkeypatch):

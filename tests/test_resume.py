@@ -158,6 +158,19 @@ def test_what_cannot_be_resumed_is_refused(whole, arguments, tmp_path):
     assert max(metrics(copy)) == 2
 
 
+@pytest.mark.parametrize("extra", [[], ["--resume"]], ids=["new run", "resumed"])
+def test_a_checkpoint_that_is_gone_is_refused(whole, arguments, tmp_path, extra):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy, symlinks=True)
+    shutil.rmtree((copy / "last").resolve())
+    before = metrics(copy)
+    with pytest.raises(FileNotFoundError, match="points to checkpoint-000012, which is not there: .* overwrite"):
+        run_recipe("pretrain_causal_lm", copy, *arguments, *extra)
+    assert metrics(copy) == before
+    run_recipe("pretrain_causal_lm", copy, *arguments, "--overwrite", "--max_steps", 2)
+    assert max(metrics(copy)) == 2
+
+
 def test_checkpoint_says_how_it_was_made(whole, text):
     config = yaml.safe_load((whole / "last" / "config.yaml").read_text())
     assert config["dataset"] == str(text)

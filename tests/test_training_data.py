@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from recipe_runs import write_text
 from transformers import AutoTokenizer, BertConfig, GPT2Config
 
-from hf_polyattn.training.arguments import TextArguments
 from hf_polyattn.training.data import (
     load_rows,
     load_texts,
@@ -28,8 +27,16 @@ from hf_polyattn.training.data import (
 )
 from hf_polyattn.training.losses import IGNORE
 from hf_polyattn.training.masking import masking_collator
-from hf_polyattn.training.order import Numbered, RandomWindows, Shuffled, evaluation_loader, training_loader
+from hf_polyattn.training.order import (
+    Numbered,
+    RandomWindows,
+    Shuffled,
+    evaluation_loader,
+    first_inputs,
+    training_loader,
+)
 from hf_polyattn.training.tokenizers import SPECIAL_TOKENS, byte_tokenizer, char_tokenizer, load_tokenizer
+from hf_polyattn_arguments import TextArguments
 
 
 def identity(rows):
@@ -96,6 +103,17 @@ def test_loaded_tokenizer_without_what_a_job_needs(tmp_path):
 
 
 # sources
+
+
+def test_a_place_without_a_tokenizer_is_named(tmp_path):
+    for name in (None, ""):
+        with pytest.raises(ValueError, match="a new model has no tokenizer of its own: set tokenizer to bytes"):
+            load_tokenizer(name)
+    (tmp_path / "empty").mkdir()
+    GPT2Config(n_layer=1).save_pretrained(tmp_path / "model")
+    for folder in ("empty", "model"):
+        with pytest.raises(ValueError, match=f"{folder} holds no tokenizer: set tokenizer to bytes"):
+            load_tokenizer(str(tmp_path / folder))
 
 
 def test_local_files(tmp_path):
@@ -216,6 +234,14 @@ def test_a_later_start_gives_the_same_batches(parts):
     assert len(batches(0)) == 5 * parts
     # parts divide a step; they do not change what is in it
     assert sum(batches(0), []) == [view[i] for i in range(30)]
+
+
+def test_calibration_reads_the_first_steps_in_as_many_parts_as_wanted():
+    view = Shuffled([{"input_ids": [i, i + 1, i + 2]} for i in range(50)], seed=0)
+    whole = torch.cat([b["input_ids"] for b in first_inputs(view, 8, next_token_batch, ["input_ids"], steps=3)])
+    parts = [b["input_ids"] for b in first_inputs(view, 8, next_token_batch, ["input_ids"], steps=3, parts=4)]
+    assert [len(part) for part in parts] == [2] * 12
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_loaders_leave_the_random_state_alone():

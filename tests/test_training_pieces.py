@@ -1,28 +1,34 @@
 """Parameter groups, learning rate, exact averages, twins with equal weights, adapters, metrics, non-finite values."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
 
 from hf_polyattn import coverage
-from hf_polyattn.training.arguments import (
+from hf_polyattn.diagnostics import weight_norms
+from hf_polyattn.models import states
+from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, load_trained
+from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses
+from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.nonfinite import NonFiniteError, find_nonfinite
+from hf_polyattn.training.optimization import adamw, parameter_groups, rate_factor, set_learning_rate
+from hf_polyattn.training.run import Run
+from hf_polyattn.training.tokenizers import byte_tokenizer
+from hf_polyattn_arguments import (
     AttentionArguments,
     LoraArguments,
     ModelArguments,
     OptimizationArguments,
 )
-from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, load_trained
-from hf_polyattn.training.losses import IGNORE, mean_loss, token_losses
-from hf_polyattn.training.models import build_model, replace_attention
-from hf_polyattn.training.nonfinite import find_nonfinite
-from hf_polyattn.training.optimization import adamw, parameter_groups, rate_factor, set_learning_rate
-from hf_polyattn.training.tokenizers import byte_tokenizer
 
 TINY = {
     "gpt2": "{n_layer: 2, n_head: 2, n_embd: 16}",
@@ -113,6 +119,49 @@ def test_mean_loss_does_not_depend_on_batches_and_keeps_the_mode():
     assert model.training
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluation_leaves_every_module_in_its_mode(fails):
+    model = tiny().train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    seen = []
+
+    def loss(model, batch):
+        seen.append(any(module.training for module in model.modules()))
+        if fails:
+            raise KeyError
+        return loss_of(model, batch)
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        mean_loss(Accelerator(cpu=True), model, [batch()], loss)
+    assert seen == [False]
+    weight_norms(model, batch())
+    assert [module.training for module in model.modules()] == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_step_without_labels_has_no_loss_and_no_gradient():
+    accelerator, model, rows = Accelerator(cpu=True), tiny(), batch(2)
+    rows["labels"].fill_(IGNORE)
+    labels = labels_in_step(accelerator, [rows, rows])
+    loss = step_loss(accelerator, loss_of(model, rows)[0].sum(), labels)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_a_score_that_is_no_number_is_never_the_best(higher_is_better):
+    run = Run.__new__(Run)
+    run.sign, run.best = -1 if higher_is_better else 1, None
+    assert not any(run.is_best(score) for score in (None, math.nan, math.inf, -math.inf))
+    assert run.is_best(0.5)
+    run.best = 0.5
+    assert not run.is_best(math.nan)
+    assert run.is_best(0.6) == higher_is_better
+    assert run.is_best(0.4) != higher_is_better
+
+
 # models
 
 
@@ -158,6 +207,35 @@ def test_a_polynomial_checkpoint_stays_what_it_is(tmp_path):
     assert again.config.polyattn == model.config.polyattn
     assert type(replace_attention(load(), AttentionArguments(activation="softmax"))).__name__ == "GPT2LMHeadModel"
     assert replace_attention(load(), AttentionArguments(activation="poly", degree=5)).config.polyattn["degree"] == 5
+
+
+def learned(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items() if ".polyattn." in key}
+
+
+def test_a_named_option_changes_a_polynomial_checkpoint_and_discards_nothing_else():
+    inputs = [{"input_ids": batch()["input_ids"]}]
+    for activation in ("poly", "monomial"):
+        model = tiny(activation=activation, degree=2, normalization="length", batches=inputs)
+        with torch.no_grad():
+            for state in states(model).values():
+                for tensor in state.state_dict().values():
+                    tensor.add_(0.01)
+        before = learned(model)
+        for args in ({"backend": "naive"}, {"activation": activation, "degree": 2, "normalization": "length"}):
+            model = replace_attention(model, AttentionArguments(**args), inputs)
+            assert {k: model.config.polyattn[k] for k in ("degree", "normalization")} == {
+                "degree": 2,
+                "normalization": "length",
+            }
+            assert all(torch.equal(before[key], tensor) for key, tensor in learned(model).items())
+        model = replace_attention(model, AttentionArguments(normalization="l2"), inputs)
+        assert model.config.polyattn["degree"] == 2
+        after = learned(model)
+        key = "transformer.h.0.attn.polyattn."
+        assert not torch.equal(after[key + "gain"], before[key + "gain"])
+        if activation == "poly":
+            assert torch.equal(after[key + "coefficients"], before[key + "coefficients"])
 
 
 def test_model_and_data_that_do_not_fit_are_refused(tmp_path):
@@ -302,6 +380,16 @@ def test_only_the_last_batch_is_bad():
 
     assert find_nonfinite(model, [good, bad], loss) == "the loss itself, from finite logits"
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_sharded_step_is_not_repeated(tmp_path, kind):
+    run = Run.__new__(Run)
+    run.accelerator, run.out, run._skipped = SimpleNamespace(distributed_type=kind, scaler=None), tmp_path, 0
+    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
+    repeated = lambda *_: pytest.fail("the step was repeated")  # noqa: E731
+    with pytest.raises(NonFiniteError, match=f"loss is nan; first seen in some module .under {kind.value} the step"):
+        run.check_finite(3, nan, one, tiny(), [batch()], repeated)
 
 
 @pytest.mark.parametrize("config", [GPT2Config, LlamaConfig, BertConfig])
