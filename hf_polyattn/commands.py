@@ -1,4 +1,4 @@
-"""What `hf-polyattn patch` and `hf-polyattn inspect` do; each returns the text to print."""
+"""What the commands `patch`, `inspect` and `doctor` do; each returns the text to print."""
 
 import json
 from argparse import Namespace
@@ -9,10 +9,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import doctor as machine
 from . import models
 from .models import PolyModelMixin, read_settings, states
 from .patching import coverage, patch_model
-from .tables import format_table
+from .tables import format_span, format_table
 
 BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
 """Calibration from a file: batches, sequences of each, and tokens of each at most."""
@@ -105,6 +106,11 @@ def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: P
     ]
 
 
+def doctor(args: Namespace) -> str:
+    """Which forms this machine has."""
+    return machine.report()
+
+
 def inspect(args: Namespace) -> str:
     """Coverage, configuration and learned state of args.path, as tables or as JSON."""
     model = load_checkpoint(args.path)
@@ -140,11 +146,5 @@ def _state_table(tensors: dict[str, dict[str, torch.Tensor]]) -> str:
         if "coefficients" in state:
             columns |= {f"c_{power}": column for power, column in enumerate(state["coefficients"].unbind(1))}
         header = ["module", *columns]
-        rows.append([name, *(_span(column.float()) for column in columns.values())])
+        rows.append([name, *(format_span(column.float()) for column in columns.values())])
     return format_table(header, rows)
-
-
-def _span(x: torch.Tensor) -> str:
-    if torch.equal(x, x[:1].expand_as(x)):
-        return f"{x[0].item():.3g}"
-    return f"{x.mean().item():.3g} ({x.min().item():.3g} to {x.max().item():.3g})"

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from .demo_worker import Job, write_job
+from .ops import cpu
 from .tables import format_table
 from .training.data import pack, stdlib_files, tokenise
 
@@ -99,6 +101,14 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def describe_kernel() -> str:
+    """How the cubic is computed here; compiles it now, so that it does not look as if training stood still."""
+    if torch.cuda.is_available():
+        return "the cubic: plain torch on the GPU"
+    build = cpu.build()
+    return f"the cubic: {'plain torch' if build.problem else f'compiled for this processor ({build.instruction_set})'}"
+
+
 def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None, seed: int = 0) -> Path:
     """Trains, compares, saves, reloads and draws; returns the folder of the saved polynomial model.
 
@@ -115,6 +125,7 @@ def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     print(prepare_data(data, size, seed))
+    print(describe_kernel())
 
     jobs = {
         name: Job(

@@ -20,15 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
+from hf_polyattn_arguments import AttentionArguments, ModelArguments, OptimizationArguments
+
 from .diagnostics import weight_norms
 from .patching import coverage
-from .training.arguments import AttentionArguments, ModelArguments, OptimizationArguments
 from .training.data import next_token_batch
+from .training.devices import device_name, peak_mib
 from .training.losses import mean_loss, token_losses
 from .training.models import build_model, replace_attention
 from .training.optimization import adamw, set_learning_rate
-from .training.order import Shuffled, evaluation_loader, first_inputs, training_loader
-from .training.run import device_name, peak_mib
+from .training.order import Shuffled, evaluation_loader, training_loader
 
 UNTIMED_STEPS = 3
 """First steps, in which memory is fetched and kernels are chosen: they do not enter tokens/s."""
@@ -81,9 +82,7 @@ def train(job: Job) -> None:
     new_model = ModelArguments(model_type="gpt2", model_config=json.dumps(job.model_config))
     model = build_model(AutoModelForCausalLM, new_model, tokenizer, job.seed, job.block_size)
     if job.degree:
-        attention = AttentionArguments(activation="poly", degree=job.degree)
-        batches = first_inputs(view, job.batch_size, next_token_batch, ["input_ids"], attention.calibrate_batches)
-        model = replace_attention(model, attention, batches, accelerator.device)
+        model = replace_attention(model, AttentionArguments(activation="poly", degree=job.degree))
     said = str(coverage(model)) if job.degree else f"softmax: {type(model).__name__} as it is"
     emit("built", parameters=sum(p.numel() for p in model.parameters()), attention=said)
 

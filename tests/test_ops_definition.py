@@ -340,5 +340,5 @@ def test_shape_errors(shapes, message):
 
 def test_the_tiled_form_refuses_other_activations():
     x = torch.randn(1, 1, 3, 2)
-    with pytest.raises(ValueError, match='polynomials only; use backend="naive"'):
+    with pytest.raises(ValueError, match='polynomials only; use backend="auto"'):
         attend(x, x, x, phi=torch.sigmoid, backend="tiled")

@@ -1,7 +1,7 @@
 """The operation on plain tensors. Nothing here knows of Transformers.
 
 `polynomial_attention` is for people; `attend` is the same for any phi and is what the seam calls. Both check shapes,
-pick a form from `FORMS` and apply what all forms share: QK-norm, gain, the range check of fp16.
+let `forms` choose how to compute it, and apply what all forms share: QK-norm, gain, the range check of fp16.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ import torch
 
 from ..activations import Phi, compose_affine, horner, power
 from .checks import check_degree, check_options, check_shapes
+from .cpu import cpu_attention
+from .forms import FORMS as FORMS
+from .forms import Call, choose_form
 from .masks import build_keep
 from .naive import naive_attention
 from .normalization import NORMALIZED as NORMALIZED
 from .precision import compute_dtype, no_autocast, to_dtype
 from .tiled import tiled_attention
-
-FORMS = ("naive", "tiled")
 
 
 def polynomial_attention(
@@ -66,7 +67,7 @@ def polynomial_attention(
         softcap: s becomes softcap * tanh(s / softcap).
         bias: added to the scores, broadcastable to [B, H, T, S].
         return_weights: also return the weights [B, H, T, S] (O(T S) memory, the naive form).
-        backend: "auto", "naive" or "tiled".
+        backend: "auto", "cpu" (compiled on first use), "tiled" or "naive".
     Returns:
         [B, H, T, Dv] in the query's dtype, and the weights when asked for.
     Raises:
@@ -146,7 +147,16 @@ def attend(
         coefficients = coefficients.to(compute_dtype(query))
     alpha, beta = (None, None) if affine is None else (x.to(compute_dtype(query)) for x in affine)
 
-    form = choose_form(backend, polynomial=phi is None, return_weights=return_weights)
+    in_use = {"softcap": softcap is not None, "bias": bias is not None, "dropout": bool(dropout)}
+    call = Call(
+        device=query.device.type,
+        dtypes=frozenset((query.dtype, key.dtype, value.dtype)),
+        is_empty=0 in (*query.shape, *key.shape, *value.shape),
+        is_polynomial=phi is None,
+        extras=tuple(name for name, used in in_use.items() if used),
+        return_weights=return_weights,
+    )
+    form = choose_form(backend, call)
     weights = None
     with no_autocast(query.device.type):
         if qk_norm:
@@ -169,25 +179,21 @@ def attend(
                 if coefficients is None:
                     coefficients = monomial_coefficients(degree, query)
                 coefficients = compose_affine(coefficients, alpha, beta)
-            out = tiled_attention(query, key, value, degree=degree, coefficients=coefficients, **masking, **extras)
+            options: dict[str, Any] = {"degree": degree, "coefficients": coefficients, **masking}
+            if form == "cpu":
+                fused = None if gain is None or gain.requires_grad else gain
+                options |= {"normalization": normalization, "scaling": scaling, "gain": fused}
+                out = cpu_attention(query, key, value, **options)
+                gain = gain if fused is None else None
+            else:
+                out = tiled_attention(query, key, value, **options, **extras)
             if gain is not None:
-                out = out * gain.to(out.dtype).view(-1, 1, 1)
+                # wide, for the gradient of a learned gain sums over the whole output
+                out = out.to(compute_dtype(query)) * gain.to(compute_dtype(query)).view(-1, 1, 1)
         out = to_dtype(out, query.dtype)
         if weights is not None and return_weights:
             return out, to_dtype(weights, query.dtype, "weight")
     return out
-
-
-def choose_form(backend: str, *, polynomial: bool, return_weights: bool) -> str:
-    """The dispatch table: a form by name, or the first that can do the job."""
-    if backend not in ("auto", *FORMS):
-        raise ValueError(f'backend must be "auto" or one of {FORMS}, got {backend!r}')
-    if backend == "tiled" and not polynomial:
-        raise ValueError('the tiled form knows polynomials only; use backend="naive" for this activation')
-    # compiled graphs take the plain definition: it fuses, and a loop over tiles would be unrolled into the graph
-    if return_weights or not polynomial or torch.compiler.is_compiling():
-        return "naive"
-    return "tiled" if backend == "auto" else backend
 
 
 def polynomial_phi(degree: int, coefficients: torch.Tensor | None) -> Phi:

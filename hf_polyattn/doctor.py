@@ -1,0 +1,30 @@
+"""Which forms of the operation this machine has, and why not the others."""
+
+import platform
+
+import torch
+import transformers
+
+from ._version import __version__
+from .ops import cpu
+
+
+def report() -> str:
+    """Versions, processor, and one line a form; compiles the CPU form if that has not been done."""
+    build = cpu.build()
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = [
+        ("cpu", "no" if build.problem else "yes", build.problem or f"compiled for {build.instruction_set}"),
+        ("tiled", "yes", "plain torch in linear memory, on any device"),
+        ("naive", "yes", "the definition; what output_attentions and activations other than polynomials take"),
+    ]
+    return "\n".join(
+        [
+            f"hf_polyattn {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"Python {platform.python_version()}",
+            f"processor {name}, {torch.get_num_threads()} threads; GPUs: {', '.join(devices) or 'none'}",
+            "",
+            *(f"{form:<7}{here:<5}{why}" for form, here, why in [("form", "here", "why"), *rows]),
+        ]
+    )
