@@ -53,7 +53,7 @@ class Job:
     batch_size: int
     evaluations: int
     learning_rate: float
-    model_config: dict[str, float]
+    model_config: dict[str, Any]
 
 
 def emit(event: str, **values: Any) -> None:

@@ -134,6 +134,24 @@ def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield write
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: mean and spread of each task and checkpoint, cubic beside softmax."""
+    lines = ["| task | checkpoint | metric | softmax | cubic | seeds |", "|---|---|---|---|---|---|"]
+    for task, checkpoint, metric in dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows):
+        shown, counts = [], []
+        for name in TWINS:
+            here = [
+                row for row in rows if (row["task"], row["checkpoint"], row["attention"]) == (task, checkpoint, name)
+            ]
+            values = [float(row["value"]) for row in here]
+            digits = 0 if metric == "sorted_of_729" else 4
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            shown.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
+            counts.append(len(values))
+        lines.append(f"| {task} | {checkpoint} | {metric} | {' | '.join(shown)} | {min(counts)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
@@ -178,13 +196,9 @@ def main(argv: list[str] | None = None) -> None:
                     "command": f"--model {checkpoint} " + " ".join(shown),
                 }
             )
-    for name in TWINS:
-        wanted = (args.task, checkpoint, name)
-        rows = [row for row in rows_of(args.out) if (row["task"], row["checkpoint"], row["attention"]) == wanted]
-        values = [float(row["value"]) for row in rows]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        mean = f"{statistics.mean(values):.4f}{spread}"
-        print(f"{args.task} of {checkpoint}, {name}: {metric} {mean} over {len(values)} seeds")
+    text = table(rows_of(args.out))
+    args.out.with_suffix(".md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

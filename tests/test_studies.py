@@ -51,7 +51,7 @@ def test_finished_rows_are_those_of_the_same_checkpoint(study, tmp_path, capsys)
     assert [row["checkpoint"] for row in rows] == ["some--model"] * 2 + ["mine"] * 2
     folders = [call[call.index("--output_dir") + 1] for call in study.calls]
     assert len(set(folders)) == 4
-    assert "sentiment of mine, cubic: accuracy 0.5000 over 1 seeds" in capsys.readouterr().out
+    assert "| sentiment | mine | accuracy | 0.5000 | 0.5000 | 1 |" in capsys.readouterr().out
 
 
 def test_sampled_stories_are_those_of_the_checkpoint(study, tmp_path):
@@ -65,3 +65,26 @@ def test_the_committed_rows_name_their_checkpoint(study):
     rows = study.rows_of(RECIPES / "results" / "checkpoints.csv")
     assert rows
     assert all(f"--model {row['checkpoint']} " in row["command"] for row in rows)
+
+
+def rows_in(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_in_the_repository_are_those_of_their_rows(study):
+    results = RECIPES / "results"
+    activations = recipe("study_activations")
+    for name, table in (("shakespeare_activations", activations.table), ("checkpoints", study.table)):
+        assert (results / f"{name}.md").read_text() == table(rows_in(results / f"{name}.csv")) + "\n"
+
+
+def test_the_readme_shows_lines_of_those_tables():
+    readme = (RECIPES.parent / "README.md").read_text()
+    shown = readme[readme.index("<!-- results: begin -->") : readme.index("<!-- results: end -->")]
+    written = "\n".join(
+        path.read_text() for path in [*RECIPES.glob("results/*.md"), *RECIPES.glob("../benchmarks/results/*.md")]
+    )
+    lines = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert len(lines) > 8
+    assert not [line for line in lines if line not in written.splitlines()]
