@@ -15,8 +15,8 @@ from .ops import polynomial_attention
 from .patching import Coverage, coverage, patch_model, patched, unpatch_model
 
 attention.register()
-register_architecture("gpt2", ["GPT2Attention"], query_key=fused_query_key)
-register_architecture("llama", ["LlamaAttention"], query_key=linear_query_key("q_proj", "k_proj"))
+register_architecture("gpt2", ["GPT2Attention"], query_key=fused_query_key, reads_packing=True)
+register_architecture("llama", ["LlamaAttention"], query_key=linear_query_key("q_proj", "k_proj"), reads_packing=True)
 register_architecture("bert", ["BertSelfAttention", "BertCrossAttention"], query_key=linear_query_key("query", "key"))
 
 __all__ = [

@@ -99,6 +99,8 @@ class Architecture:
     initial_spread: root mean square of its scores at initialisation.
     query_key: views of the weights, and of the biases, that make queries and keys; None where nobody has said, or
         where the weights do not decide the size of the scores, as behind a norm of queries and keys.
+    reads_packing: the model hands position_ids to Transformers' mask function, so that those which start anew within
+        a row keep packed sequences apart. Where it does not, such inputs are refused.
     """
 
     model_type: str
@@ -106,6 +108,7 @@ class Architecture:
     num_heads: Callable[[nn.Module], int] = _heads_from_config
     initial_spread: Callable[[nn.Module], float] = _spread_at_initialization
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None
+    reads_packing: bool = False
 
     def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of every attention module, in the order of `named_modules`."""
@@ -124,12 +127,13 @@ def register_architecture(
     num_heads: Callable[[nn.Module], int] | None = None,
     initial_spread: Callable[[nn.Module], float] | None = None,
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None,
+    reads_packing: bool = False,
     exist_ok: bool = False,
 ) -> Architecture:
     """Make `patch_model` and `from_pretrained` work for one more model_type of Transformers.
 
     The modelling code must fetch its attention through `ALL_ATTENTION_FUNCTIONS.get_interface`, and its attention
-    modules must carry `is_causal`.
+    modules must carry `is_causal`. The optional arguments are the fields of `Architecture`.
 
     Raises:
         ValueError: when the model_type is unknown to Transformers or registered already.
@@ -147,6 +151,7 @@ def register_architecture(
         num_heads or _heads_from_config,
         initial_spread or _spread_at_initialization,
         query_key,
+        reads_packing,
     )
     register_config(model_type)
     _REGISTRY[model_type] = entry

@@ -136,6 +136,9 @@ def train(job: Job) -> None:
 def reload(job: Job, prompt: str, new_tokens: int) -> None:
     """Loads the saved model as anybody would, compares its logits with those before saving, and writes some text."""
     model = AutoModelForCausalLM.from_pretrained(job.folder, device_map=Accelerator().device).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        # the loader leaves tensors where they lie in the file, and matrix products round differently at odd addresses
+        tensor.data = tensor.data.clone()
     tokenizer = AutoTokenizer.from_pretrained(job.folder)
     probe = load_file(probe_file(job))
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)

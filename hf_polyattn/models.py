@@ -16,8 +16,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .architectures import STOCK_PREFIX, Architecture, get_architecture, head_dim, spread_of_weights
-from .attention import NAME, RETURN_WEIGHTS
+from .attention import NAME
 from .config import PolyAttentionConfig
+from .forwarding import unwatch, watch
 from .lookups import add_model_name, add_peft_targets, add_tokenizer
 from .state import PolyAttentionState
 
@@ -125,6 +126,7 @@ def attach(model: PreTrainedModel, settings: PolyAttentionConfig, *, has_weights
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, PolyModelMixin):
             become(inner, poly_model_class(type(inner)))
+    watch(model)
 
 
 def _expected_spread(entry: Architecture, module: Any, qk_norm: bool, has_weights: bool) -> float:
@@ -137,14 +139,13 @@ def _expected_spread(entry: Architecture, module: Any, qk_norm: bool, has_weight
 
 def detach(model: PreTrainedModel) -> None:
     """Undoes `attach`, but for the configuration."""
+    unwatch(model)
     for _, module in get_architecture(model.config).attention_modules(model):
-        for name in (NAME, RETURN_WEIGHTS):
-            if hasattr(module, name):
-                delattr(module, name)
+        if hasattr(module, NAME):
+            delattr(module, NAME)
     for inner in model.modules():
         if isinstance(inner, PolyModelMixin):
             inner.__class__ = type(inner).stock_class  # type: ignore[assignment]
-            inner.__dict__.pop(RETURN_WEIGHTS, None)
 
 
 def become(model: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
@@ -194,25 +195,6 @@ def _floating(module: nn.Module, model: PreTrainedModel) -> Any:
     return next((p for p in candidates if p.is_floating_point() and p.element_size() > 1), None)
 
 
-def _noting_output_attentions(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the attention modules when a call asks for weights: GPT-2's do not pass the argument on.
-
-    So two threads that use one GPT-2 at a time must agree on output_attentions.
-    """
-
-    @functools.wraps(forward)
-    def noting(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        wanted = bool(kwargs.get("output_attentions"))
-        # the note stays until the next call, because gradient checkpointing runs the layers again in backward
-        if self.base_model is self and getattr(self, RETURN_WEIGHTS, False) != wanted:
-            for _, module in get_architecture(self.config).attention_modules(self):
-                setattr(module, RETURN_WEIGHTS, wanted)
-            setattr(self, RETURN_WEIGHTS, wanted)
-        return forward(self, *args, **kwargs)
-
-    return noting
-
-
 @_cached
 def poly_config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The polynomial subclass of a stock configuration class."""
@@ -227,7 +209,6 @@ def poly_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": poly_config_class(cast(type[PretrainedConfig], base.config_class)),
         "__module__": __name__,
         "stock_class": base,
-        "forward": _noting_output_attentions(base.forward),
     }
     return _publish(type(_PREFIX + base.__name__, (PolyModelMixin, base), attributes))
 

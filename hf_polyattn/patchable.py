@@ -94,8 +94,8 @@ def base_model(model: Any) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(
-            f"expected a transformers model, got {type(base).__name__}; for plain tensors there is "
-            "hf_polyattn.polynomial_attention"
+            f"expected a transformers model, got {type(base).__name__}; of a wrapper, pass the model inside, such as "
+            "accelerator.unwrap_model(model); for plain tensors there is hf_polyattn.polynomial_attention"
         )
     return base
 

@@ -15,6 +15,7 @@ from .architectures import get_architecture
 from .attention import NAME
 from .calibration import Target, calibrate_gain
 from .config import PolyAttentionConfig
+from .forwarding import watch
 from .models import (
     PolyModelMixin,
     attach,
@@ -236,6 +237,8 @@ def _undo_on_error(model: PreTrainedModel) -> Iterator[None]:
             _to_softmax(model)
         for inner, cls in classes.items():
             inner.__class__ = cls
+        if isinstance(model, PolyModelMixin):
+            watch(model)
         _swap_config(model, config)
         _set_tags(model, tags)
         model.__dict__.update(own)

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> dict:
         step_sum = torch.zeros((), device=accelerator.device)
         for batch in micro_batches:
             with accelerator.accumulate(model):
-                loss_sum = loss_of(model, batch)[0].sum()
+                loss_sum = run.loss(loss_of, model, batch)[0].sum()
                 accelerator.backward(step_loss(accelerator, loss_sum, labels))
                 step_sum += loss_sum.detach()
                 if accelerator.sync_gradients:

@@ -36,6 +36,16 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
         "--activation poly --qk_norm true --normalization l1",
         "softmax-qk",
     ),
+    "poly-qk-sharp": (
+        "degree 3, QK-norm, scores times 2",
+        "--activation poly --qk_norm true --alpha 2",
+        "softmax-qk",
+    ),
+    "poly-qk-l1-sharp": (
+        "degree 3, QK-norm, l1, scores times 2",
+        "--activation poly --qk_norm true --normalization l1 --alpha 2",
+        "softmax-qk",
+    ),
     "cubic-qk-l1": (
         "degree 3, starts as (1 + s/3)^3, QK-norm, l1",
         "--activation poly --init_coefficients 1 1 0.3333 0.037 --qk_norm true --normalization l1",

@@ -54,7 +54,7 @@ AUTO_CLASSES = {
 }
 ALL_AUTO_CLASSES = [(family, auto) for family, classes in AUTO_CLASSES.items() for auto in classes]
 
-hf_polyattn.register_architecture("mistral", ["MistralAttention"], exist_ok=True)
+hf_polyattn.register_architecture("mistral", ["MistralAttention"], reads_packing=True, exist_ok=True)
 
 
 def tiny_config(family: str, **options) -> PretrainedConfig:

@@ -42,6 +42,21 @@ def test_compiled_models_have_no_graph_breaks_and_equal_values(family, auto, pol
         assert torch.allclose(one, other, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForMaskedLM)],
+)
+def test_compiled_models_in_single_precision(family, auto):
+    """The compiled CPU form, where this machine has it, is one operator in the graph."""
+    model = patched_tiny(family, auto, double=False, **ONE_LAYER[family])
+    inputs = {**batch_for(model), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    inputs["attention_mask"][0, 7:] = 0
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False)[0]
+        out = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, use_cache=False)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_model_gives_attention_maps_when_asked():
     model = build("gpt2", AutoModel)
     # Transformers puts its recording hooks on under a lock, which cannot be compiled

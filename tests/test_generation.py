@@ -249,18 +249,43 @@ def test_padding_of_encoder_states_changes_nothing(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(family, recipe):
     model = patched_tiny(family, poly=RECIPES[recipe])
     _, _, alone = padded([5, 1, 7], "right")
     packed = torch.cat(alone, 1)
     position_ids = torch.cat([torch.arange(s.shape[1]) for s in alone])[None]
     expected = torch.cat([whole(model, s) for s in alone], 1)
-    assert torch.allclose(whole(model, packed, position_ids=position_ids), expected, **TIGHT)
     lengths = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
     flash = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 7, "max_length_k": 7}
-    assert torch.allclose(whole(model, packed, position_ids=position_ids, **flash), expected, **TIGHT)
+    for options in ({}, {"use_cache": False}, flash):
+        # Transformers looks for packing only where there is no cache, and makes one unless told otherwise
+        out = model(packed, position_ids=position_ids, **options)
+        assert torch.allclose(out.logits, expected, **TIGHT), options
+        assert out.past_key_values is None
     with pytest.raises(ValueError, match="pass position_ids that start at 0"):
         whole(model, packed, **flash)
+    with pytest.raises(ValueError, match="only without a cache"):
+        model(packed, position_ids=position_ids, use_cache=True)
+    cached = model(packed, position_ids=torch.arange(13)[None])
+    assert cached.past_key_values.get_seq_length() == 13
+
+
+@pytest.mark.parametrize("family", ["bert", "bert-decoder"])
+@torch.no_grad()
+def test_packing_by_positions_is_refused_where_it_would_leak(family):
+    model = patched_tiny(family, AutoModel)
+    _, _, alone = padded([5, 1, 7], "right")
+    packed = torch.cat(alone, 1)
+    position_ids = torch.cat([torch.arange(s.shape[1]) for s in alone])[None]
+    with pytest.raises(ValueError, match="BertModel does not keep packed sequences apart"):
+        model(packed, position_ids=position_ids)
+    starts = (position_ids[0] == 0).cumsum(0)
+    keep = starts[:, None] == starts
+    if family == "bert-decoder":
+        keep = keep & torch.ones_like(keep).tril()
+    out = model(packed, position_ids=position_ids, attention_mask=keep[None, None])[0]
+    assert torch.allclose(out, torch.cat([model(s)[0] for s in alone], 1), **TIGHT)
 
 
 # the future

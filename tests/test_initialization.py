@@ -151,4 +151,6 @@ def test_refusals():
         with pytest.raises(ValueError, match="has no query_key"):
             start_scores(model, spread=1.0)
     finally:
-        register_architecture("llama", entry.attention_classes, query_key=entry.query_key, exist_ok=True)
+        register_architecture(
+            "llama", entry.attention_classes, query_key=entry.query_key, reads_packing=True, exist_ok=True
+        )

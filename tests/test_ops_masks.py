@@ -141,6 +141,17 @@ def test_fp16_output_beyond_its_range_is_reported(form):
     assert polynomial_attention(q, q, q / 30, degree=3, qk_norm=True, backend=form).isfinite().all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_fp16_output_beyond_even_the_range_of_fp32_is_reported(form):
+    q = torch.full((1, 1, 2, 4), 6e4).half()
+    with pytest.raises(OverflowError, match=r"output of inf in heads \[0\]"):
+        polynomial_attention(q, q, q, degree=9, backend=form)
+    # inputs that are not finite are somebody else's fault, and stay visible
+    broken = q.clone()
+    broken[0, 0, 0, 0] = torch.nan
+    assert polynomial_attention(broken, q, q, degree=3, backend=form).isnan().any()
+
+
 def test_fp16_weights_beyond_its_range_are_reported():
     q = torch.full((1, 1, 2, 4), 24**0.5).half()
     with pytest.raises(OverflowError, match=r"attention weight of 7.81e\+04 in heads \[0\]"):

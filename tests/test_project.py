@@ -36,6 +36,10 @@ def top_imports(path: Path) -> set[str]:
     return names
 
 
+def test_the_definition_fits_on_one_screen():
+    assert len((PACKAGE / "ops" / "naive.py").read_text().splitlines()) <= 60
+
+
 def test_import_is_cheap_and_leaves_optional_packages_alone():
     """In a new process, once Transformers is there."""
     code = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from recipe_runs import RECIPES, debug_config, metrics, recipe, run_recipe, write_text
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_polyattn import coverage
 from hf_polyattn.training.lora import load_trained
@@ -33,6 +36,12 @@ WITHOUT_DROPOUT = {
     " hidden_dropout_prob: 0, attention_probs_dropout_prob: 0}",
 }
 SHORT = ["--max_steps", 4, "--eval_steps", 2, "--save_steps", 2]
+
+
+def lines_of(arguments, capfd):
+    capfd.readouterr()
+    run_recipe(*arguments)
+    return capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +103,6 @@ def test_twins_differ_in_attention_only(tmp_path):
     ids=["monomial", "relu bf16", "llama chars", "sigmoid checkpointing"],
 )
 def test_options(tmp_path, extra):
-    from accelerate.state import AcceleratorState
-
     # precision belongs to the process; runs of other precision came before in this one
     AcceleratorState._reset_state()
     results = run_recipe("pretrain_causal_lm", tmp_path, *SHORT, *extra)
@@ -200,6 +207,37 @@ def test_regression(tmp_path):
     results = run_recipe("finetune_classifier", tmp_path / "out", *SHORT, "--dataset", data, "--regression")
     assert set(metrics(tmp_path / "out", "spearman")) == {2, 4}
     assert results["mean_squared_error"] == pytest.approx(results["validation_loss"], rel=1e-5)
+
+
+def test_progress_shows_loss_speed_and_time_left(tmp_path, capfd):
+    shown = lines_of(("pretrain_causal_lm", tmp_path, *SHORT), capfd)
+    assert re.search(r"4/4 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d{4}, tokens/s=[\d,]+\]", shown)
+
+
+def test_checkpointing_computes_the_same_losses_with_adapters(pretrained, tmp_path, monkeypatch):
+    arguments = ["--model", pretrained[0] / "best", *SHORT, "--lora_r", 2]
+    run_recipe("finetune_causal_lm", tmp_path / "plain", *arguments)
+    calls = []
+    call = GradientCheckpointingLayer.__call__
+    monkeypatch.setattr(
+        GradientCheckpointingLayer,
+        "__call__",
+        lambda self, *a, **k: (calls.append(self.gradient_checkpointing and self.training), call(self, *a, **k))[1],
+    )
+    run_recipe("finetune_causal_lm", tmp_path / "checkpointed", *arguments, "--gradient_checkpointing")
+    assert metrics(tmp_path / "checkpointed") == pytest.approx(metrics(tmp_path / "plain"), rel=1e-5)
+    assert any(calls)
+
+
+def test_bf16_trains_the_polynomial_as_fp32_does(tmp_path):
+    losses = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state()
+        run_recipe("pretrain_causal_lm", tmp_path / precision, *SHORT, "--mixed_precision", precision)
+        losses[precision] = metrics(tmp_path / precision)
+    AcceleratorState._reset_state()
+    assert losses["bf16"] == pytest.approx(losses["no"], abs=1e-2)
+    assert losses["bf16"] != losses["no"]
 
 
 def test_run_that_blows_up_stops_with_place_and_remedy(tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from recipe_runs import write_text
 from transformers import AutoTokenizer, BertConfig, GPT2Config
 
+from hf_polyattn.training import data
 from hf_polyattn.training.data import (
     load_rows,
     load_texts,
@@ -37,6 +38,46 @@ from hf_polyattn.training.order import (
 )
 from hf_polyattn.training.tokenizers import SPECIAL_TOKENS, byte_tokenizer, char_tokenizer, load_tokenizer
 from hf_polyattn_arguments import TextArguments
+
+
+def write_rows(path, count=10):
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(count)))
+    return str(path)
+
+
+def test_splits_of_local_files_are_refused(tmp_path):
+    """They have none: validation would be the training rows."""
+    path = write_rows(tmp_path / "a.jsonl")
+    for name in ("validation_split", "train_split"):
+        with pytest.raises(ValueError, match="is local and has no split 'test'.*validation_dataset"):
+            load_texts(TextArguments(dataset=path, **{name: "test"}))
+    other = write_rows(tmp_path / "b.jsonl", 3)
+    train, validation = load_texts(TextArguments(dataset=path, validation_dataset=other))
+    assert (len(train), len(validation)) == (10, 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_on_the_hub(monkeypatch, streaming):
+    """Their names, configurations and splits reach datasets.load_dataset as they were given."""
+    asked = []
+
+    def load(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        rows = Dataset.from_dict({"text": [f"{split} {i}" for i in range(20)]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(data, "load_dataset", load)
+    arguments = {"dataset": "salesforce/wikitext", "dataset_config": "raw", "streaming": streaming}
+    train, validation = load_texts(TextArguments(**arguments, validation_split="validation"))
+    assert asked == [
+        ("salesforce/wikitext", "raw", "train", streaming),
+        ("salesforce/wikitext", "raw", "validation", False),
+    ]
+    assert next(iter(train))["text"] == "train 0"
+    assert validation[0]["text"] == "validation 0"
+    train, validation = load_texts(TextArguments(**arguments, validation_rows=4, validation_fraction=0.2))
+    assert [row["text"] for row in validation] == [f"train {i}" for i in (range(4) if streaming else range(16, 20))]
+    assert len(list(train)) == 16
 
 
 def identity(rows):

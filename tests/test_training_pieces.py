@@ -1,6 +1,7 @@
 """Parameter groups, learning rate, exact averages, twins with equal weights, adapters, metrics, non-finite values."""
 
 import contextlib
+import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -14,20 +15,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
 
 from hf_polyattn import coverage
+from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.diagnostics import weight_norms
 from hf_polyattn.models import states
+from hf_polyattn.training import lora
 from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, load_trained
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses
 from hf_polyattn.training.models import build_model, replace_attention
 from hf_polyattn.training.nonfinite import NonFiniteError, find_nonfinite
-from hf_polyattn.training.optimization import adamw, parameter_groups, rate_factor, set_learning_rate
-from hf_polyattn.training.run import Run
+from hf_polyattn.training.optimization import adamw, clip_gradients, parameter_groups, rate_factor, set_learning_rate
+from hf_polyattn.training.run import Run, start_accelerator
 from hf_polyattn.training.tokenizers import byte_tokenizer
 from hf_polyattn_arguments import (
     AttentionArguments,
     LoraArguments,
     ModelArguments,
     OptimizationArguments,
+    RunArguments,
 )
 
 TINY = {
@@ -193,6 +197,15 @@ def test_softmax_is_the_stock_model_unless_it_has_extras(capsys):
     assert coverage(relu).activation == "relu"
 
 
+def test_the_qk_norm_twin_is_softmax_of_normalised_queries_and_keys():
+    model = tiny(activation="softmax", qk_norm=True).double()
+    q, k, v = torch.randn(3, 1, 2, 6, 8, dtype=torch.float64)
+    out, _ = polyattn_attention(model.transformer.h[0].attn, q, k, v, None)
+    normal = [x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*normal, v, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
 def test_calibration_uses_the_batches():
     batches = [{"input_ids": batch()["input_ids"]}]
     gains = [tiny(activation="poly", batches=b).transformer.h[0].attn.polyattn.gain for b in ((), batches)]
@@ -321,6 +334,49 @@ def test_metrics_of_a_single_class():
 
     scores = Classification(keep_in_memory=True).compute(predictions=[0, 0], references=[0, 0])
     assert scores == {"accuracy": 1.0, "f1": 0.0}
+
+
+def test_learned_state_that_peft_would_leave_out_is_an_error(tmp_path, monkeypatch):
+    config = lora.LoraConfig
+    monkeypatch.setattr(lora, "LoraConfig", lambda **options: config(**{**options, "modules_to_save": None}))
+    with pytest.raises(RuntimeError, match="2 of 2 learned attention tensors would not be trained"):
+        add_lora(Accelerator(), tiny(activation="poly"), LoraArguments(lora_r=2), tmp_path / "base")
+
+
+# gradients and runs
+
+
+def test_clipping_scales_the_gradient_to_the_norm():
+    model = nn.Linear(3, 2)
+    for most, left in ((0.5, 0.5), (0, 4.0)):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 2.0**0.5)
+        assert clip_gradients(Accelerator(), model, most).item() == pytest.approx(4.0)
+        after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        assert after.item() == pytest.approx(left, rel=1e-4)
+
+
+def test_overflow_of_float16_names_step_and_checkpoint(tmp_path):
+    run = Run.__new__(Run)
+    run.out, run._step = tmp_path, 7
+
+    def loss_of(model, batch):
+        raise OverflowError("GPT2Attention of layer 1: output of 1e+05 exceeds float16's range")
+
+    with pytest.raises(NonFiniteError, match=r"step 7: GPT2Attention of layer 1: .*learning_rate.*No checkpoint"):
+        run.loss(loss_of, tiny(), batch())
+    (tmp_path / "last").mkdir()
+    with pytest.raises(NonFiniteError, match="The last good checkpoint is .*last"):
+        run.loss(loss_of, tiny(), batch())
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    optimization = OptimizationArguments(max_steps=1)
+    args = RunArguments(output_dir=str(tmp_path / "run"), report_to="wandb")
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises((ValueError, ImportError), match="wandb"):
+        Run(start_accelerator(optimization, args), args, optimization)
 
 
 # non-finite values

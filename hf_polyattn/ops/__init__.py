@@ -190,9 +190,9 @@ def attend(
             if gain is not None:
                 # wide, for the gradient of a learned gain sums over the whole output
                 out = out.to(compute_dtype(query)) * gain.to(compute_dtype(query)).view(-1, 1, 1)
-        out = to_dtype(out, query.dtype)
+        out = to_dtype(out, query.dtype, (query, key, value))
         if weights is not None and return_weights:
-            return out, to_dtype(weights, query.dtype, "weight")
+            return out, to_dtype(weights, query.dtype, (query, key), "weight")
     return out
 
 

@@ -63,8 +63,15 @@ def load_rows(
     """Rows of a local file, of a folder of files of one kind, or of a data set on the Hub.
 
     column_names: of CSV and TSV files without a header line.
+    Raises:
+        ValueError: for a split of local files, which have none, or files of several kinds.
     """
     path = Path(source).expanduser()
+    if path.exists() and split != "train":
+        raise ValueError(
+            f"{source} is local and has no split {split!r}: name its file or folder, with dataset for training and "
+            "with validation_dataset for validation, and leave train_split and validation_split out"
+        )
     if not path.exists():
         if path.suffix in LOADERS or source.startswith((".", "/", "~")):
             raise FileNotFoundError(f"no such file or folder: {source}")

@@ -106,12 +106,14 @@ class Run:
         self.best: float | None = None
         self.seconds = 0.0
         self.tokens = 0
-        self._skipped = 0
+        self._skipped = self._step = 0
         self._latest: dict[str, Any] = {}
         self._open_folder()
         if args.report_to != "none":
             values = yaml.safe_load(self.config_yaml)
             accelerator.init_trackers("hf_polyattn", {k: v if _is_scalar(v) else str(v) for k, v in values.items()})
+            if args.report_to != "all" and accelerator.is_main_process and not accelerator.trackers:
+                raise ValueError(f"report_to {args.report_to}: it is not installed: pip install {args.report_to}")
 
     def _open_folder(self) -> None:
         args, out = self.args, self.out
@@ -181,12 +183,23 @@ class Run:
         )
         with self._bar:
             for step in range(self.first_step + 1, total_steps + 1):
-                self._mark = time.perf_counter()
+                self._mark, self._step = time.perf_counter(), step
                 micro_batches = list(itertools.islice(batches, parts))
                 if len(micro_batches) < parts:
                     raise RuntimeError(f"the data ended in step {step} of {total_steps}")
                 yield step, micro_batches
                 self._bar.update()
+
+    def loss(self, loss_of: Loss, model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        """loss_of(model, batch); an attention output beyond fp16's range stops the run as a NaN does."""
+        try:
+            return loss_of(model, batch)
+        except OverflowError as error:
+            raise NonFiniteError(f"step {self._step}: {error}. {REMEDY}. {self._kept()}") from error
+
+    def _kept(self) -> str:
+        last = self.out / "last"
+        return f"The last good checkpoint is {last.resolve()}" if last.exists() else "No checkpoint was written yet"
 
     def check_finite(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, model: nn.Module, batches: list[dict], loss_of: Loss
@@ -204,9 +217,9 @@ class Run:
         what = "gradient norm" if finite[0] else "loss"
         value = norm if finite[0] else loss
         place = self._find_nonfinite(model, batches, loss_of)
-        last = self.out / "last"
-        kept = f"The last good checkpoint is {last.resolve()}" if last.exists() else "No checkpoint was written yet"
-        raise NonFiniteError(f"step {step}: the {what} is {value.item()}; first seen in {place}. {REMEDY}. {kept}")
+        raise NonFiniteError(
+            f"step {step}: the {what} is {value.item()}; first seen in {place}. {REMEDY}. {self._kept()}"
+        )
 
     def _find_nonfinite(self, model: nn.Module, batches: list[dict], loss_of: Loss) -> str:
         kind = self.accelerator.distributed_type
