@@ -135,6 +135,17 @@ def test_the_jacobian_stays_inside_the_bound_of_softmax_up_to_degree_7():
     assert inside == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_constant_starves_the_early_rows_of_a_causal_model():
+    """Their energy is i / N; with the row's own length it is the same everywhere."""
+    n = 256
+    scores = torch.randn(1, 64, n, n)
+    for normalization, early in ((math.sqrt(n), 16 / n), ("sqrt_length", 1.0)):
+        weights = weights_of(scores, degree=1, normalization=normalization, is_causal=True)
+        energy = weights.square().sum(-1).mean((0, 1))
+        assert energy[15].item() == pytest.approx(early, rel=0.1)
+        assert energy[-1].item() == pytest.approx(1, rel=0.1)
+
+
 @pytest.mark.parametrize("n", [64, 256, 1024])
 def test_row_sums_grow_for_even_degrees_only(n):
     scores = torch.randn(1, 2, n, n)

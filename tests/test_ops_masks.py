@@ -163,14 +163,22 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("phi", ["cubic", "coefficients"])
+@pytest.mark.parametrize(
+    ("phi", "normalization"),
+    [
+        *(("cubic", name) for name in ("sqrt_length", "length", "l1", "l2", 14.0)),
+        *(("coefficients", name) for name in ("sqrt_length", "length", "l2")),
+        *(("square", name) for name in ("sum", "length")),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_bf16_error_against_that_of_softmax(form, phi, is_causal):
+def test_bf16_error_against_that_of_softmax(form, phi, normalization, is_causal):
     """Output and gradients; the budget is the error of torch's own bf16 softmax attention on the same tensors."""
-    if phi == "cubic":
-        options = {"degree": 3, "gain": frobenius_gain(3)}
-    else:
-        options = {"coefficients": default_start(3)}
+    options = {
+        "square": {"degree": 2, "gain": frobenius_gain(2)},
+        "cubic": {"degree": 3, "gain": frobenius_gain(3)},
+        "coefficients": {"coefficients": default_start(3)},
+    }[phi] | {"normalization": normalization}
     ours, theirs = [], []
     for seed in range(4):
         torch.manual_seed(seed)

@@ -263,7 +263,9 @@ def test_script_ends_with_an_exit_code(tmp_path):
     """The documented command in a process of its own: it must fail aloud."""
     done = subprocess.run(
         [
-            *(sys.executable, str(RECIPES / "pretrain_causal_lm.py"), debug_config("pretrain_causal_lm")),
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *("--config_file", str(RECIPES / "accelerate" / "cpu.yaml")),
+            *(str(RECIPES / "pretrain_causal_lm.py"), debug_config("pretrain_causal_lm")),
             *("--output_dir", str(tmp_path), "--dataset", str(write_text(tmp_path)), "--learning_rate", "1e30"),
         ],
         capture_output=True,
