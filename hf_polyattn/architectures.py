@@ -99,6 +99,8 @@ class Architecture:
     initial_spread: root mean square of its scores at initialisation.
     query_key: views of the weights, and of the biases, that make queries and keys; None where nobody has said, or
         where the weights do not decide the size of the scores, as behind a norm of queries and keys.
+    output_projection: where the linear layer behind the heads is, seen from such a module: "o_proj" inside it,
+        ".output.dense" beside it, as a relative import would say it. Calibration and attention transfer ask for it.
     """
 
     model_type: str
@@ -106,12 +108,23 @@ class Architecture:
     num_heads: Callable[[nn.Module], int] = _heads_from_config
     initial_spread: Callable[[nn.Module], float] = _spread_at_initialization
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None
+    output_projection: str | None = None
 
     def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of every attention module, in the order of `named_modules`."""
         for name, module in model.named_modules():
             if any(cls.__name__ in self.attention_classes for cls in type(module).__mro__):
                 yield name, module
+
+    def projection(self, model: nn.Module, name: str) -> nn.Module | None:
+        """The output projection of the attention module called `name`; None where nobody has said where it is."""
+        path = self.output_projection
+        if path is None:
+            return None
+        home = name
+        while path.startswith("."):
+            path, home = path[1:], home.rpartition(".")[0]
+        return model.get_submodule(f"{home}.{path}".lstrip("."))
 
 
 _REGISTRY: dict[str, Architecture] = {}
@@ -124,6 +137,7 @@ def register_architecture(
     num_heads: Callable[[nn.Module], int] | None = None,
     initial_spread: Callable[[nn.Module], float] | None = None,
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None,
+    output_projection: str | None = None,
     exist_ok: bool = False,
 ) -> Architecture:
     """Make `patch_model` and `from_pretrained` work for one more model_type of Transformers.
@@ -147,6 +161,7 @@ def register_architecture(
         num_heads or _heads_from_config,
         initial_spread or _spread_at_initialization,
         query_key,
+        output_projection,
     )
     register_config(model_type)
     _REGISTRY[model_type] = entry

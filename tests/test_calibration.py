@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from hf_polyattn import calibrate_gain, patch_model
 from hf_polyattn.activations import frobenius_gain
 from hf_polyattn.attention import polyattn_attention
-from hf_polyattn.calibration import _Observer
+from hf_polyattn.calibration import GainObserver
 from hf_polyattn.models import states
 
 FAMILIES = [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForMaskedLM)]
@@ -340,7 +340,7 @@ def test_a_failure_in_the_middle_changes_nothing(monkeypatch):
     def fail(self, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Observer, "gain_factor", fail)
+    monkeypatch.setattr(GainObserver, "gain_factor", fail)
     with pytest.raises(KeyboardInterrupt):
         calibrate_gain(model, [batch_for(model)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
