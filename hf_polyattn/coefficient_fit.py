@@ -223,7 +223,10 @@ def _fit(
 
 def _head_fit(observer: FitObserver) -> HeadFit:
     state = observer.state
-    alpha, beta, coefficients = (t.detach().double().cpu() for t in (state.alpha, state.beta, state.coefficients))
+    # copies: the report stays what it is when the model is fitted again or trained
+    alpha, beta, gain, coefficients = (
+        t.detach().cpu().double().clone() for t in (state.alpha, state.beta, state.gain, state.coefficients)
+    )
     return HeadFit(
         layer=observer.layer,
         heads=state.heads,
@@ -237,7 +240,7 @@ def _head_fit(observer: FitObserver) -> HeadFit:
         high=observer.high,
         seen=observer.seen,
         weights=observer.mass / observer.seen.clamp(min=1),
-        gain=state.gain.detach().double().cpu(),
+        gain=gain,
     )
 
 
