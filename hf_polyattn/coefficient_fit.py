@@ -160,7 +160,7 @@ def fit_coefficients(
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}")
     config = read_settings(model.config)
-    _check_linear(config)
+    check_linear(config)
     batches = list(batches)
     if not batches:
         raise ValueError("no batches to calibrate on: pass a few")
@@ -244,7 +244,8 @@ def _head_fit(observer: FitObserver) -> HeadFit:
     )
 
 
-def _check_linear(config: PolyAttentionConfig) -> None:
+def check_linear(config: PolyAttentionConfig) -> None:
+    """Raises ValueError, with the remedy, where the output is no linear function of learnable coefficients."""
     if not get_activation(config.activation).is_polynomial:
         raise ValueError(f'activation {config.activation!r} has no coefficients to fit: use activation="poly"')
     if config.coefficients != "learnable":

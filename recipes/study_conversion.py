@@ -41,7 +41,7 @@ CALIBRATION = 16  # batches
 class Sentences:
     """A sentence encoder: unlabelled training sentences, and Spearman's correlation on scored pairs."""
 
-    auto_class, metric, trained = AutoModel, "spearman", ("transfer",)
+    auto_class, metric, stages = AutoModel, "spearman", STAGES[:4]
     batch_size = 32
 
     def __init__(self, args: argparse.Namespace, teacher: PreTrainedModel) -> None:
@@ -82,7 +82,7 @@ class Sentences:
 class Text:
     """A causal language model on a text: random windows of its first nine tenths, the loss on the last tenth."""
 
-    auto_class, metric, trained = AutoModelForCausalLM, "loss", ("transfer", "distilled")
+    auto_class, metric, stages = AutoModelForCausalLM, "loss", STAGES
 
     def __init__(self, args: argparse.Namespace, teacher: PreTrainedModel) -> None:
         text = Path(args.train).read_text(encoding="utf-8")
@@ -137,25 +137,34 @@ TASKS: dict[str, Any] = {"sentences": Sentences, "text": Text, "stories": Storie
 
 
 def convert(
-    teacher: PreTrainedModel, task: Any, options: dict[str, Any], stage: str, seed: int, args: argparse.Namespace
+    teacher: PreTrainedModel,
+    task: Any,
+    options: dict[str, Any],
+    stages: list[str],
+    seed: int,
+    args: argparse.Namespace,
 ) -> Iterator[tuple[str, PreTrainedModel, int]]:
-    """(stage, model, training tokens) of each stage up to `stage`, on one student."""
+    """(stage, model, training tokens) of each of the stages, in order, as soon as one student reaches it."""
     student = patch_model(copy.deepcopy(teacher), **options)
-    if stage == "patched":
-        yield stage, student, 0
-        return
+    if "patched" in stages:
+        yield "patched", student, 0
     stream = task.batches(seed)
     inputs = [{k: v for k, v in next(stream).items() if k != "labels"} for _ in range(CALIBRATION)]
-    report = calibrate(student, inputs, fit="gain" if stage == "gain" else "coefficients")
-    print(report, flush=True)
-    yield "gain" if stage == "gain" else "coefficients", student, 0
-    if stage not in task.trained:
+    if "gain" in stages:
+        calibrate(student, inputs, fit="gain")
+        yield "gain", student, 0
+    if not {"coefficients", "transfer", "distilled"} & set(stages):
         return
-    transfer = transfer_attention(student, teacher, stream, steps=args.transfer_steps)
-    print(transfer, flush=True)
-    yield "transfer", student, transfer.tokens
-    if stage == "distilled":
-        tokens = transfer.tokens + tune(student, teacher, stream, args.distill_steps, args)
+    print(calibrate(student, inputs, fit="coefficients"), flush=True)
+    yield "coefficients", student, 0
+    tokens = 0
+    if {"transfer", "distilled"} & set(stages):
+        report = transfer_attention(student, teacher, stream, steps=args.transfer_steps)
+        print(report, flush=True)
+        tokens = report.tokens
+        yield "transfer", student, tokens
+    if "distilled" in stages:
+        tokens += tune(student, teacher, stream, args.distill_steps, args)
         yield "distilled", student, tokens
 
 
@@ -177,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--normalizations", nargs="+", default=["length", "sqrt_length"])
     parser.add_argument("--stages", nargs="+", choices=("softmax-tuned", *STAGES), default=["softmax-tuned", *STAGES])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of data order; one for what is not trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the data, calibration's too")
     parser.add_argument("--transfer_steps", type=int, default=200)
     parser.add_argument("--distill_steps", type=int, default=600)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of distillation and of the softmax twin")
@@ -227,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
             have.add(key(attention, stage, seed))
 
         note("softmax", "softmax", 0, teacher, 0, 0)
-        if "distilled" in task.trained and "softmax-tuned" in args.stages:
+        if "distilled" in task.stages and "softmax-tuned" in args.stages:
             for seed in args.seeds:
                 if key("softmax", "softmax-tuned", seed) not in have:
                     start, model = time.process_time(), copy.deepcopy(teacher)
@@ -236,20 +245,19 @@ def main(argv: list[str] | None = None) -> None:
         for normalization in args.normalizations:
             for degree in args.degrees:
                 attention = f"degree {degree} / {normalization}"
-                for stage in STAGES:
-                    if stage not in args.stages or (stage in STAGES[3:] and stage not in task.trained):
-                        continue
-                    for seed in args.seeds if stage in task.trained else [0]:
-                        if key(attention, stage, seed) in have:
-                            continue
-                        start = time.process_time()
-                        options = {"degree": degree, "normalization": normalization}
-                        for reached, model, tokens in convert(teacher, task, options, stage, seed, args):
-                            # the seed of calibration data is 0 where nothing is trained
-                            if reached in task.trained or reached == stage:
-                                spent = time.process_time() - start
-                                note(attention, reached, seed, model, tokens, spent)
-                                start = time.process_time() - spent  # scoring is not part of it
+                for seed in args.seeds:
+                    stages = [
+                        s
+                        for s in STAGES
+                        if s in args.stages and (s in task.stages) and key(attention, s, seed) not in have
+                    ]
+                    start = time.process_time()
+                    options = {"degree": degree, "normalization": normalization}
+                    for stage, model, tokens in convert(teacher, task, options, stages, seed, args) if stages else ():
+                        if stage in stages:
+                            spent = time.process_time() - start
+                            note(attention, stage, seed, model, tokens, spent)
+                            start = time.process_time() - spent  # scoring is not part of it
 
 
 if __name__ == "__main__":
