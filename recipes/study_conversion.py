@@ -17,6 +17,7 @@ Rows go to results/conversion.csv with their processor seconds; those that are t
 import argparse
 import copy
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -177,6 +178,21 @@ def tune(
     return distill(model, teacher, stream, steps=steps, cross_entropy=share, warmup_steps=20, **rates).tokens
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: one line a checkpoint and attention, one column a stage; means over seeds, and how many there are."""
+    columns = ("softmax", "softmax-tuned", *STAGES)
+    lines = [f"| checkpoint, metric | attention | {' | '.join(columns)} |", "|" + "---|" * (2 + len(columns))]
+    for checkpoint, metric, attention in dict.fromkeys((r["checkpoint"], r["metric"], r["attention"]) for r in rows):
+        cells = []
+        for stage in columns:
+            wanted = (checkpoint, attention, stage)
+            values = [float(r["value"]) for r in rows if (r["checkpoint"], r["attention"], r["stage"]) == wanted]
+            seeds = f" ({len(values)} seeds)" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{seeds}" if values else "")
+        lines.append(f"| {checkpoint}, {metric} | {attention} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=TASKS)
@@ -258,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
                             spent = time.process_time() - start
                             note(attention, stage, seed, model, tokens, spent)
                             start = time.process_time() - spent  # scoring is not part of it
+    print(table(rows_of(args.out)))
 
 
 if __name__ == "__main__":
