@@ -36,6 +36,7 @@ from hf_polyattn.distillation import distill
 
 HERE = Path(__file__).parent
 STAGES = ("patched", "gain", "coefficients", "transfer", "distilled")
+KEY = ("task", "checkpoint", "attention", "stage", "seed")
 CALIBRATION = 16  # batches
 
 
@@ -113,18 +114,18 @@ class Text:
 
 
 class Stories(Text):
-    """A language model on its own samples at temperature 1: 1,024 to train on, 128 others for the loss."""
+    """A language model on its own samples at temperature 1: 448 to train on, 64 others for the loss."""
 
     def __init__(self, args: argparse.Namespace, teacher: PreTrainedModel) -> None:
         path = args.runs / f"samples-{name_of(args.checkpoint)}.pt"
         if not path.exists():
             torch.manual_seed(0)
-            start = torch.full((1152, 1), teacher.config.bos_token_id)
+            start = torch.full((512, 1), teacher.config.bos_token_id)
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_length": 256, "pad_token_id": 0}
             samples = teacher.generate(start, attention_mask=torch.ones_like(start), eos_token_id=None, **options)
             torch.save(samples, path)
         samples = torch.load(path)
-        self.train, self.held_out = samples[:1024], samples[1024:]
+        self.train, self.held_out = samples[:448], samples[448:]
         self.batch_size = 2048 // samples.shape[1]
 
     def batches(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -218,9 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     def key(attention: str, stage: str, seed: int) -> tuple[str, ...]:
         return args.task, checkpoint, attention, stage, str(seed)
 
-    have = {
-        tuple(row[name] for name in ("task", "checkpoint", "attention", "stage", "seed")) for row in rows_of(args.out)
-    }
+    have = {tuple(row[name] for name in KEY) for row in rows_of(args.out)}
     with appended(args.out) as write:
 
         def note(attention: str, stage: str, seed: int, model: PreTrainedModel, tokens: int, seconds: float) -> None:
@@ -231,13 +230,7 @@ def main(argv: list[str] | None = None) -> None:
             words = [Path(word).name if "/" in word else word for word in (sys.argv[1:] if argv is None else argv)]
             write(
                 {
-                    **dict(
-                        zip(
-                            ("task", "checkpoint", "attention", "stage", "seed"),
-                            key(attention, stage, seed),
-                            strict=True,
-                        )
-                    ),
+                    **dict(zip(KEY, key(attention, stage, seed), strict=True)),
                     "metric": task.metric,
                     "value": value,
                     "training_tokens": tokens,
