@@ -110,8 +110,10 @@ class AttentionArguments:
     """Training batches on which a polynomial is calibrated before the first step; 0: alpha and gain that follow from
     width and weights. Empty: 4 for a softmax checkpoint, 0 for a new model, which trains better so, and for a
     polynomial one that goes on with its own function."""
+    calibration_fit: Literal["gain", "coefficients"] = "gain"
+    """gain: alpha and gain of each head; coefficients: the polynomial nearest to a softmax checkpoint's attention."""
     calibration_target: Literal["output_rms", "frobenius"] = "output_rms"
-    """output_rms: the size of softmax's output; frobenius: ‖A‖_F = sqrt N."""
+    """Of the gain. output_rms: the size of softmax's output; frobenius: ‖A‖_F = sqrt N."""
 
     def calibration_batches(self, model: ModelArguments) -> int:
         """How many batches to calibrate on."""
@@ -124,7 +126,7 @@ class AttentionArguments:
 
     def options(self) -> dict[str, Any]:
         """The options of `patch_model` that were named, as Python values; activation and calibration not included."""
-        skip = ("activation", "calibrate_batches", "calibration_target")
+        skip = ("activation", "calibrate_batches", "calibration_fit", "calibration_target")
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         options = {name: value for name, value in named.items() if value is not None}
         for name in ("normalization", "alpha", "gain"):

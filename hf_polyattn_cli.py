@@ -54,7 +54,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     patch.add_argument("--qk-norm", action="store_true", help="RMS-normalise queries and keys")
     patch.add_argument("--learn-gain", action="store_true", help="train one gain for each head")
-    patch.add_argument("--calibrate", metavar="FILE", help="text from which alpha and gain of each head are measured")
+    patch.add_argument("--calibrate", metavar="FILE", help="text on which each head is fitted to softmax")
+    patch.add_argument(
+        "--fit",
+        choices=("coefficients", "gain"),
+        help="what --calibrate sets: the whole polynomial by least squares, or alpha and gain alone (default: "
+        "coefficients where they are learnable and the normalization is no sum over weights, gain otherwise)",
+    )
+    patch.add_argument(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="convert only this share of the heads, those that a polynomial fits best; needs --calibrate",
+    )
 
     inspect = commands.add_parser(
         "inspect", help="say which attention of a checkpoint is polynomial, and with what numbers"

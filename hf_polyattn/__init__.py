@@ -8,22 +8,37 @@ from . import attention
 from ._version import __version__
 from .activations import register_activation
 from .architectures import fused_query_key, linear_query_key, register_architecture
-from .calibration import calibrate_gain
+from .calibration import calibrate, calibrate_gain
 from .config import PolyAttentionConfig
 from .initialization import start_scores
 from .ops import polynomial_attention
-from .patching import Coverage, coverage, patch_model, patched, unpatch_model
+from .patching import Coverage, choose_heads, coverage, patch_model, patched, unpatch_model
 
 attention.register()
-register_architecture("gpt2", ["GPT2Attention"], query_key=fused_query_key, reads_packing=True)
-register_architecture("llama", ["LlamaAttention"], query_key=linear_query_key("q_proj", "k_proj"), reads_packing=True)
-register_architecture("bert", ["BertSelfAttention", "BertCrossAttention"], query_key=linear_query_key("query", "key"))
+register_architecture(
+    "gpt2", ["GPT2Attention"], query_key=fused_query_key, output_projection="c_proj", reads_packing=True
+)
+register_architecture(
+    "llama",
+    ["LlamaAttention"],
+    query_key=linear_query_key("q_proj", "k_proj"),
+    output_projection="o_proj",
+    reads_packing=True,
+)
+register_architecture(
+    "bert",
+    ["BertSelfAttention", "BertCrossAttention"],
+    query_key=linear_query_key("query", "key"),
+    output_projection=".output.dense",
+)
 
 __all__ = [
     "Coverage",
     "PolyAttentionConfig",
     "__version__",
+    "calibrate",
     "calibrate_gain",
+    "choose_heads",
     "coverage",
     "patch_model",
     "patched",

@@ -101,6 +101,8 @@ class Architecture:
         where the weights do not decide the size of the scores, as behind a norm of queries and keys.
     reads_packing: the model hands position_ids to Transformers' mask function, so that those which start anew within
         a row keep packed sequences apart. Where it does not, such inputs are refused.
+    output_projection: where the linear layer behind the heads is, seen from such a module: "o_proj" inside it,
+        ".output.dense" beside it, as a relative import would say it. Calibration and attention transfer ask for it.
     """
 
     model_type: str
@@ -109,12 +111,23 @@ class Architecture:
     initial_spread: Callable[[nn.Module], float] = _spread_at_initialization
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None
     reads_packing: bool = False
+    output_projection: str | None = None
 
     def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of every attention module, in the order of `named_modules`."""
         for name, module in model.named_modules():
             if any(cls.__name__ in self.attention_classes for cls in type(module).__mro__):
                 yield name, module
+
+    def projection(self, model: nn.Module, name: str) -> nn.Module | None:
+        """The output projection of the attention module called `name`; None where nobody has said where it is."""
+        path = self.output_projection
+        if path is None:
+            return None
+        home = name
+        while path.startswith("."):
+            path, home = path[1:], home.rpartition(".")[0]
+        return model.get_submodule(f"{home}.{path}".lstrip("."))
 
 
 _REGISTRY: dict[str, Architecture] = {}
@@ -128,6 +141,7 @@ def register_architecture(
     initial_spread: Callable[[nn.Module], float] | None = None,
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None,
     reads_packing: bool = False,
+    output_projection: str | None = None,
     exist_ok: bool = False,
 ) -> Architecture:
     """Make `patch_model` and `from_pretrained` work for one more model_type of Transformers.
@@ -152,6 +166,7 @@ def register_architecture(
         initial_spread or _spread_at_initialization,
         query_key,
         reads_packing,
+        output_projection,
     )
     register_config(model_type)
     _REGISTRY[model_type] = entry

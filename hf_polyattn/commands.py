@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from . import doctor as machine
 from . import models
+from .activations import resolve_config
+from .coefficient_fit import check_linear
 from .models import PolyModelMixin, read_settings, states
 from .patching import coverage, patch_model
 from .tables import format_span, format_table
@@ -51,6 +53,9 @@ def patch(args: Namespace) -> str:
         if tokenizer is None:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
         options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
+        options["fit"] = args.fit or ("coefficients" if _is_linear(args.activation, options) else "gain")
+    elif args.fit:
+        raise ValueError("--fit says what --calibrate sets: give it a text too")
     patch_model(model, args.activation, args.degree, **options)
     model.save_pretrained(out)
     if tokenizer is not None:
@@ -78,6 +83,7 @@ def _options(args: Namespace) -> dict[str, Any]:
         "layers": args.layers,
         "qk_norm": args.qk_norm or None,
         "learn_gain": args.learn_gain or None,
+        "budget": args.budget,
     }
     if args.coefficients:
         options["coefficients"] = tuple(args.coefficients)
@@ -87,6 +93,16 @@ def _options(args: Namespace) -> dict[str, Any]:
         except ValueError:
             options["normalization"] = args.normalization
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_linear(activation: str, options: dict[str, Any]) -> bool:
+    """Whether coefficients can be fitted: see `fit_coefficients`."""
+    named = {name: options[name] for name in ("coefficients", "normalization") if name in options}
+    try:
+        check_linear(resolve_config(activation, **named))
+    except ValueError:
+        return False
+    return True
 
 
 def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:

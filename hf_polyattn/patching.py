@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .activations import change_config, check_activation, get_activation, resolve_config
 from .architectures import get_architecture
 from .attention import NAME
-from .calibration import Target, calibrate_gain
+from .calibration import Fit, Target
+from .calibration import calibrate as calibrate_model
+from .coefficient_fit import fit_coefficients
 from .config import PolyAttentionConfig
 from .forwarding import watch
 from .models import (
@@ -64,7 +66,9 @@ def patch_model(
     *,
     config: PolyAttentionConfig | None = None,
     calibrate: Iterable[Any] | None = None,
+    fit: Fit = "gain",
     target: Target = "output_rms",
+    budget: float | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Replaces softmax in the attention of `model`, in place, and returns it for convenience.
@@ -79,12 +83,15 @@ def patch_model(
         activation: "poly", "monomial" (the paper's s^p / sqrt n), "softmax", "relu", "sigmoid" or a registered name.
         degree: of the polynomial; default 3.
         config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.
-        calibrate: batches (dictionaries of model inputs, or tensors of input ids) from which the score spread and the
-            size of softmax's output are measured for each head; alpha and gain are set from them.
-        target: of calibration. "output_rms", the size of softmax's output, loses least on a pretrained checkpoint and
+        calibrate: batches (dictionaries of model inputs, or tensors of input ids) on which each head is measured and
+            fitted to softmax.
+        fit: of calibration. "coefficients", the polynomial whose output is nearest to softmax's, loses least on a
+            pretrained checkpoint; "gain" sets alpha and gain alone.
+        target: of fit="gain". "output_rms", the size of softmax's output, loses least on a pretrained checkpoint and
             is the safe start of a new model; "frobenius", ‖A‖_F = sqrt N, can train better at low learning rates.
+        budget: of heads="auto": the share of heads to convert, those that a polynomial fits best; see `choose_heads`.
         **options: fields of PolyAttentionConfig, such as normalization="length", qk_norm=True, layers=[0, 1],
-            heads={2: [0, 3]}, coefficients="monomial".
+            heads={2: [0, 3]} or "auto", coefficients="monomial".
     Returns:
         the same object, now an instance of a subclass of its class with a model_type of its own.
     Raises:
@@ -95,10 +102,19 @@ def patch_model(
         >>> model = patch_model(model, activation="poly", degree=3)
     """
     is_named = config is None
+    batches = None if calibrate is None else list(calibrate)
+    if batches is not None and not batches:
+        raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
+    if options.get("heads") == "auto" or budget is not None:
+        if options.get("heads", "auto") != "auto" or batches is None or config is not None:
+            raise ValueError('budget= goes with heads="auto" and calibrate=batches, from which it chooses the heads')
+        options.pop("heads", None)
+        shares = {} if budget is None else {"budget": budget}
+        options |= choose_heads(model, batches, activation, degree, **shares, **options)
     if config is None:
         if degree is not None:
             options["degree"] = degree
-        if calibrate is not None and get_activation(activation).is_polynomial:
+        if batches is not None and get_activation(activation).is_polynomial:
             # asked to measure, a preset's fixed numbers give way
             options = {"alpha": "auto", "gain": "auto", **options}
         config = resolve_config(activation, **options)
@@ -111,9 +127,6 @@ def patch_model(
         config = _with_measured(base, config, options)
     check_adapters(model, base, config)
     check_patchable(base, config)
-    batches = None if calibrate is None else list(calibrate)
-    if batches is not None and not batches:
-        raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
 
     with _undo_on_error(base):
         earlier = states(base)
@@ -124,7 +137,7 @@ def patch_model(
             if name in earlier:
                 state.keep(earlier[name], calibrated=batches is not None)
         if batches is not None:
-            _say(calibrate_gain(base, batches, target=target))
+            _say(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
     _say(coverage(base))
     return model
 
@@ -167,6 +180,35 @@ def patched(
         yield model
     finally:
         unpatch_model(model)
+
+
+def choose_heads(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    activation: str = "poly",
+    degree: int | None = None,
+    *,
+    budget: float = 0.75,
+    **options: Any,
+) -> dict[str, Any]:
+    """Which heads to convert: those that a fitted polynomial follows best, by R2; the hardest stay softmax.
+
+    Args:
+        model: a softmax model; it stays as it is.
+        batches: as in `patch_model`.
+        budget: share of the heads to convert.
+        **options: fields of PolyAttentionConfig. With layers= the share is of the heads of these layers.
+    Returns:
+        the options `layers` and `heads` of patch_model. Layers without a chosen head are left out.
+    Raises:
+        ValueError: for a budget that is not a share, and as `patch_model` and `fit_coefficients` do.
+
+    Example:
+        >>> patch_model(model, degree=3, **choose_heads(model, batches, degree=3, budget=0.75))
+    """
+    batches = list(batches)
+    with patched(model, activation, degree, **{"alpha": "auto", "gain": "auto", **options}):
+        return fit_coefficients(base_model(model), batches).easiest(budget)
 
 
 def coverage(model: nn.Module) -> Coverage:

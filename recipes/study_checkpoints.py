@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-TWINS = {"softmax": ["--activation", "softmax"], "cubic": ["--activation", "poly", "--degree", "3"]}
+CUBIC = ["--activation", "poly", "--degree", "3", "--calibration_fit", "coefficients"]
+TWINS = {"softmax": ["--activation", "softmax"], "cubic": CUBIC}
 LETTERS, LENGTH = "012", 6
 
 

@@ -120,6 +120,14 @@ def batch_for(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int
     return inputs
 
 
+def padded_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """Two batches, the first with its first sequence padded on the right from position 6 on."""
+    batches = [batch_for(model, seed=seed) for seed in (1, 2)]
+    mask = torch.ones_like(batches[0]["input_ids"])
+    mask[0, 6:] = 0
+    return [{**batches[0], "attention_mask": mask}, batches[1]]
+
+
 @torch.no_grad()
 def output(model: PreTrainedModel, **inputs) -> torch.Tensor:
     """Logits, or what the model returns first."""

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import AUTO_CLASSES, HEADS, LAYERS, WIDTH, batch_for, output, patched_tiny, tiny, token_ids
+from models import AUTO_CLASSES, HEADS, LAYERS, WIDTH, batch_for, output, padded_batches, patched_tiny, tiny, token_ids
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -12,66 +12,15 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_polyattn import calibrate_gain, patch_model
 from hf_polyattn.activations import frobenius_gain
 from hf_polyattn.attention import polyattn_attention
-from hf_polyattn.calibration import _Observer
+from hf_polyattn.calibration import GainObserver
 from hf_polyattn.models import states
 
 FAMILIES = [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForMaskedLM)]
 CROSS = [("gpt2-cross", AutoModel), ("bert-cross", AutoModel)]
-
-
-class Recorder:
-    """Runs softmax attention written out and keeps the scores and the output of each attention module."""
-
-    def __init__(self):
-        self.seen, self.inputs = {}, {}
-
-    def __call__(self, module, query, key, value, mask, scaling=None, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scores = scaling * query @ key.transpose(-1, -2)
-        keep = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
-        out = scores.masked_fill(~keep, -torch.inf).softmax(-1).nan_to_num() @ value
-        self.seen.setdefault(id(module), []).append((scores, keep, out))
-        self.inputs[id(module)] = (query, key[:, ::groups], value[:, ::groups], mask, scaling)
-        return out.transpose(1, 2).contiguous(), None
-
-
-@pytest.fixture
-def record():
-    """Function (stock model, batches) -> [(scores, keep, softmax output) of all batches] for each attention module."""
-    recorder = Recorder()
-    AttentionInterface.register("recorder", recorder)
-
-    def mask(*args, allow_is_causal_skip=True, allow_is_bidirectional_skip=True, **kwargs):
-        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
-            *args, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs
-        )
-
-    ALL_MASK_ATTENTION_FUNCTIONS.register("recorder", mask)
-
-    def run(model, batches):
-        model.set_attn_implementation("recorder")
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-        run.inputs = list(recorder.inputs.values())
-        return list(recorder.seen.values())
-
-    yield run
-    for registry in (AttentionInterface._global_mapping, ALL_MASK_ATTENTION_FUNCTIONS._global_mapping):
-        registry.pop("recorder")
-
-
-def padded_batches(model):
-    batches = [batch_for(model, seed=seed) for seed in (1, 2)]
-    mask = torch.ones_like(batches[0]["input_ids"])
-    mask[0, 6:] = 0
-    return [{**batches[0], "attention_mask": mask}, batches[1]]
 
 
 # what is measured
@@ -340,7 +289,7 @@ def test_a_failure_in_the_middle_changes_nothing(monkeypatch):
     def fail(self, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Observer, "gain_factor", fail)
+    monkeypatch.setattr(GainObserver, "gain_factor", fail)
     with pytest.raises(KeyboardInterrupt):
         calibrate_gain(model, [batch_for(model)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

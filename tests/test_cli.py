@@ -116,6 +116,42 @@ def test_patch_calibrates_on_a_text(stock, tmp_path, capsys):
     assert "calibration needs at least 64" in error
 
 
+def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Polynomials instead of softmax. " * 20)
+
+    def state(name, *words):
+        code, _, error = run(capsys, "patch", stock, "--to", tmp_path / name, "--calibrate", text, *words)
+        assert code == 0, error
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        return loaded.config.polyattn, loaded.transformer.h[0].attn.polyattn
+
+    (_, fitted), (_, named), (_, sized) = state("a"), state("b", "--fit", "coefficients"), state("c", "--fit", "gain")
+    assert torch.equal(fitted.coefficients, named.coefficients)
+    assert (fitted.gain == 1).all()
+    assert fitted.coefficients[0].tolist() != fitted.coefficients[1].tolist()
+    # the start of learnable coefficients, the same in all heads
+    assert sized.coefficients[0].tolist() == sized.coefficients[1].tolist() == pytest.approx([0.5, 0.5, 0.5, 1 / 6])
+    assert (sized.gain != 1).all()
+    # where there is nothing to fit, or it is not linear, the gain is what is left
+    for name, words in (("d", ["--normalization", "l1"]), ("e", ["--activation", "monomial"])):
+        assert (state(name, *words)[1].gain != 1).all()
+    settings, part = state("f", "--budget", 0.25)
+    assert sum(len(heads) for heads in settings["heads"].values()) == 1
+    assert (state("g", "--normalization", "sqrt_length")[1].gain == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--fit", "gain"], "--fit says what --calibrate sets"), (["--budget", "0.5"], 'heads="auto" and calibrate')],
+)
+def test_patch_refuses_what_needs_a_text(words, message, stock, tmp_path, capsys):
+    code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "out", *words)
+    assert code == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
     run(capsys, "patch", stock, "--to", tmp_path / "out")
     code, said, _ = run(capsys, "inspect", tmp_path / "out")

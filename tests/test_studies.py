@@ -1,10 +1,16 @@
 """The studies: which rows count as done, and for what."""
 
+import argparse
 import csv
 import sys
 
 import pytest
+import torch
+from models import scale_attention
 from recipe_runs import RECIPES, recipe
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
+
+from hf_polyattn.training.tokenizers import byte_tokenizer
 
 
 @pytest.fixture
@@ -88,3 +94,77 @@ def test_the_readme_shows_lines_of_those_tables():
     lines = [line for line in shown.splitlines() if line.startswith("| ")]
     assert len(lines) > 8
     assert not [line for line in lines if line not in written.splitlines()]
+
+
+@pytest.fixture
+def conversion(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+    return recipe("study_conversion")
+
+
+def test_conversion_is_measured_stage_by_stage_and_only_once(conversion, tmp_path, capsys):
+    text = "to be, or not to be: that is the question. " * 60
+    (tmp_path / "text.txt").write_text(text)
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(set(text))}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    scale_attention(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "tiny")
+    out = tmp_path / "conversion.csv"
+    words = ["text", "--checkpoint", str(tmp_path / "tiny"), "--train", str(tmp_path / "text.txt"), "--out", str(out)]
+    words += ["--transfer_steps", "20", "--distill_steps", "10", "--runs", str(tmp_path / "runs"), "--degrees", "3"]
+    words += ["--normalizations", "length"]
+    conversion.main([*words, "--stages", "coefficients", "gain"])
+    rows = conversion.rows_of(out)
+    assert [row["stage"] for row in rows] == ["softmax", "gain", "coefficients"]
+    conversion.main(words)
+    after = conversion.rows_of(out)
+    assert after[:3] == rows
+    assert [row["stage"] for row in after[3:]] == ["softmax-tuned", "patched", "transfer", "distilled"]
+    value = {row["stage"]: float(row["value"]) for row in after}
+    tokens = {row["stage"]: int(row["training_tokens"]) for row in after}
+    assert tokens["softmax-tuned"] == tokens["distilled"] == 30 * 768
+    assert tokens["transfer"] == 20 * 768
+    assert value["distilled"] < value["transfer"]
+    assert value["softmax-tuned"] < value["softmax"]
+    assert str(tmp_path) not in out.read_text()
+    assert "| tiny, loss | degree 3 / length |" in capsys.readouterr().out
+    conversion.main(words)
+    assert conversion.rows_of(out) == after
+
+
+def test_correlation_of_sentences(conversion, tmp_path):
+    """Pooling leaves padding out, and pairs that are alike score high."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    pairs = [("abc", "abc", 5), ("abc", "abcabcabc", 4), ("abc", "abx", 3), ("abc", "xyzxyz", 0)]
+    (tmp_path / "pairs.csv").write_text("".join(f"{a},{b},{score}\n" for a, b, score in pairs))
+    path = str(tmp_path / "pairs.csv")
+    arguments = argparse.Namespace(checkpoint=str(tmp_path / "encoder"), train=path, validation=path)
+    model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    task = conversion.Sentences(arguments, model)
+    batch = next(task.batches(0))
+    assert batch["input_ids"].shape[0] == 32
+    one = task.score(model)
+    assert 0.4 <= one <= 1
+    task.pairs.reverse()
+    assert task.score(model) == pytest.approx(one)
+
+
+def test_the_committed_conversions_name_their_checkpoint(conversion):
+    rows = conversion.rows_of(RECIPES / "results" / "conversion.csv")
+    assert rows
+    assert all(f"--checkpoint {row['checkpoint']} " in row["command"] for row in rows)
+    # the guide prints what stands there
+    guide = (RECIPES.parent / "docs" / "conversion.md").read_text()
+    table = conversion.table(rows)
+    assert table in guide

@@ -210,6 +210,9 @@ def test_calibration_uses_the_batches():
     batches = [{"input_ids": batch()["input_ids"]}]
     gains = [tiny(activation="poly", batches=b).transformer.h[0].attn.polyattn.gain for b in ((), batches)]
     assert not torch.allclose(*gains)
+    fitted = tiny(activation="poly", calibration_fit="coefficients", batches=batches).transformer.h[0].attn.polyattn
+    assert (fitted.gain == 1).all()
+    assert not torch.allclose(fitted.coefficients[0], fitted.coefficients[1])
 
 
 def test_a_polynomial_checkpoint_stays_what_it_is(tmp_path):

@@ -104,7 +104,8 @@ def replace_attention(
     model.to(device)  # type: ignore[arg-type]
     # the random state is that of a softmax twin afterwards, whatever calibration draws
     with torch.random.fork_rng():
-        model = patch_model(model, config=settings, calibrate=batches or None, target=args.calibration_target)
+        fitting: dict[str, Any] = {"fit": args.calibration_fit, "target": args.calibration_target}
+        model = patch_model(model, config=settings, calibrate=batches or None, **fitting)
     return model.to(home)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,152 @@
+"""Distillation of the logits: all weights of a converted model learn from the softmax model and from labels."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .architectures import get_architecture
+from .conversion import cosine, count_tokens, refuse_shared, take, without_cache
+from .evaluating import evaluating
+from .models import states
+from .observing import as_inputs, real_tokens
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a distillation went through."""
+
+    losses: torch.Tensor
+    """[steps], each before its step."""
+    tokens: int
+    seconds: float
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = None,
+    cross_entropy: float = 0.1,
+    temperature: float = 1.0,
+    learning_rate: float = 1e-5,
+    attention_learning_rate: float = 1e-4,
+    polyattn_learning_rate: float = 1e-2,
+    final_ratio: float = 0.01,
+    warmup_steps: int = 0,
+    max_grad_norm: float = 1.0,
+    progress: bool = True,
+) -> DistillReport:
+    """Trains all weights of `student` on the teacher's logits, and on labels: (1 - c) T^2 KL + c cross-entropy.
+
+    Weights that require no gradient stay. Embeddings that are tied to the output stay tied: they are one parameter.
+
+    Args:
+        student: a model with a head; with cross_entropy=1 any model, such as the softmax twin on equal tokens.
+        teacher: a model whose logits have the same shape; None where cross_entropy is 1.
+        batches: dictionaries of model inputs, with labels [B, T] where cross_entropy > 0 (for a causal model the
+            input ids themselves: Transformers shifts them).
+        steps: optimizer steps; default: one for each batch.
+        cross_entropy: c.
+        temperature: T, which divides both models' logits.
+        learning_rate: of the body; attention_learning_rate of the attention modules; polyattn_learning_rate of what
+            the patch learns. Each falls along a cosine to final_ratio of itself.
+    Raises:
+        ValueError: for the same model twice, shared weights, no data, no labels, or a teacher's logits that are not
+            finite or of another shape.
+    """
+    if not 0 <= cross_entropy <= 1:
+        raise ValueError(f"cross_entropy is a share of the loss, from 0 to 1, got {cross_entropy}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if teacher is None and cross_entropy < 1:
+        raise ValueError("no teacher: pass one, or cross_entropy=1 to train on labels alone")
+    if teacher is not None:
+        refuse_shared(student, teacher)
+    total, taken = take(batches, steps)
+    groups = _distillation_groups(student, learning_rate, attention_learning_rate, polyattn_learning_rate)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    start, tokens, losses = time.perf_counter(), 0, []
+    watching = contextlib.nullcontext() if teacher is None else evaluating(teacher)
+    with _training_mode(student), watching, tqdm(total=total, desc="distillation", disable=not progress) as bar:
+        for step, batch in enumerate(taken):
+            inputs = {
+                k: v.to(student.device) if isinstance(v, torch.Tensor) else v for k, v in as_inputs(batch).items()
+            }
+            tokens += count_tokens(inputs)
+            warm = min(1.0, (step + 1) / (warmup_steps + 1))
+            for group in optimizer.param_groups:
+                group["lr"] = warm * cosine(group["first"], final_ratio * group["first"], step, total)
+            loss = _distillation_loss(student, teacher, inputs, cross_entropy, temperature)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach().cpu())
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.update()
+    return DistillReport(torch.stack(losses), tokens, time.perf_counter() - start)
+
+
+def _distillation_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    inputs: dict[str, Any],
+    cross_entropy: float,
+    temperature: float,
+) -> torch.Tensor:
+    if cross_entropy and "labels" not in inputs:
+        raise ValueError("cross_entropy > 0 needs labels in every batch")
+    out = student(**without_cache(student, {k: v for k, v in inputs.items() if cross_entropy or k != "labels"}))
+    loss = cross_entropy * out.loss if cross_entropy else out.logits.new_zeros(())
+    if teacher is None or cross_entropy == 1:
+        return loss
+    with torch.no_grad():
+        wanted = teacher(**without_cache(teacher, {k: v for k, v in inputs.items() if k != "labels"})).logits
+    if wanted.shape != out.logits.shape:
+        raise ValueError(f"the teacher's logits are {tuple(wanted.shape)}, the student's {tuple(out.logits.shape)}")
+    if not torch.isfinite(wanted).all():
+        raise ValueError("the teacher's logits are not finite: check its weights and the batches")
+    given = F.log_softmax(out.logits.float() / temperature, -1)
+    wanted = F.log_softmax(wanted.to(out.logits.device).float() / temperature, -1)
+    rows = real_tokens(inputs)
+    if rows is not None and rows.shape == given.shape[:2]:
+        given, wanted = given[rows], wanted[rows]
+    divergence = F.kl_div(given, wanted, log_target=True, reduction="none").sum(-1).mean()
+    return loss + (1 - cross_entropy) * temperature**2 * divergence
+
+
+def _distillation_groups(student: PreTrainedModel, body: float, attention: float, polyattn: float) -> list[dict]:
+    """Parameters in three groups; a tied one is listed once."""
+    own = {id(p) for state in states(student).values() for p in state.parameters()}
+    hosts = [module for _, module in get_architecture(student.config).attention_modules(student)]
+    inside = {id(p) for module in hosts for p in module.parameters()} - own
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            rate = polyattn if id(parameter) in own else attention if id(parameter) in inside else body
+            groups.setdefault(rate, []).append(parameter)
+    if not groups:
+        raise ValueError("no parameter of the student requires a gradient: nothing to train")
+    return [{"params": parameters, "lr": rate, "first": rate} for rate, parameters in groups.items()]
+
+
+@contextlib.contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """`model` in train mode; afterwards every module is in the mode that it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
