@@ -58,8 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     patch.add_argument(
         "--fit",
         choices=("coefficients", "gain"),
-        help="what --calibrate sets: the whole polynomial by least squares, or alpha and gain alone (default: "
-        "coefficients where they are learnable and the normalization is no sum over weights, gain otherwise)",
+        help="what --calibrate sets: the whole polynomial by least squares, or alpha and gain alone (default: gain)",
     )
     patch.add_argument(
         "--budget",

@@ -11,8 +11,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from . import doctor as machine
 from . import models
-from .activations import resolve_config
-from .coefficient_fit import check_linear
 from .models import PolyModelMixin, read_settings, states
 from .patching import coverage, patch_model
 from .tables import format_span, format_table
@@ -53,7 +51,7 @@ def patch(args: Namespace) -> str:
         if tokenizer is None:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
         options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
-        options["fit"] = args.fit or ("coefficients" if _is_linear(args.activation, options) else "gain")
+        options["fit"] = args.fit or "gain"
     elif args.fit:
         raise ValueError("--fit says what --calibrate sets: give it a text too")
     patch_model(model, args.activation, args.degree, **options)
@@ -93,16 +91,6 @@ def _options(args: Namespace) -> dict[str, Any]:
         except ValueError:
             options["normalization"] = args.normalization
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _is_linear(activation: str, options: dict[str, Any]) -> bool:
-    """Whether coefficients can be fitted: see `fit_coefficients`."""
-    named = {name: options[name] for name in ("coefficients", "normalization") if name in options}
-    try:
-        check_linear(resolve_config(activation, **named))
-    except ValueError:
-        return False
-    return True
 
 
 def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:

@@ -85,8 +85,8 @@ def patch_model(
         config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.
         calibrate: batches (dictionaries of model inputs, or tensors of input ids) on which each head is measured and
             fitted to softmax.
-        fit: of calibration. "coefficients", the polynomial whose output is nearest to softmax's, loses least on a
-            pretrained checkpoint; "gain" sets alpha and gain alone.
+        fit: of calibration. "coefficients": the polynomial of each head whose output is nearest to softmax's; "gain":
+            alpha and gain alone.
         target: of fit="gain". "output_rms", the size of softmax's output, loses least on a pretrained checkpoint and
             is the safe start of a new model; "frobenius", ‖A‖_F = sqrt N, can train better at low learning rates.
         budget: of heads="auto": the share of heads to convert, those that a polynomial fits best; see `choose_heads`.

@@ -123,7 +123,12 @@ def test_what_was_frozen_or_in_some_mode_is_so_again():
         )
         for model in (student, teacher)
     ]
-    transfer(student, teacher, many(2))
+    twin = copy.deepcopy(student).eval()
+    weight = student.transformer.h[1].attn.c_proj.weight.clone()
+    report = transfer(student, teacher, many(2))
+    # without dropout, and with what was frozen
+    assert torch.equal(report.losses, transfer(twin, teacher, many(2)).losses)
+    assert not torch.equal(student.transformer.h[1].attn.c_proj.weight, weight)
     for (modes, required, hooks), model in zip(noted, (student, teacher), strict=True):
         assert {name: module.training for name, module in model.named_modules()} == modes
         assert {name: p.requires_grad for name, p in model.named_parameters()} == required
