@@ -8,7 +8,8 @@ package is imported, Transformers prefers the registered classes and never reads
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ FILE = "modeling_polyattn.py"
 _MODULE = FILE.removesuffix(".py")
 _TEMPLATE = FILE + ".jinja"
 
-_PHI = {
+_PHI: dict[Any, tuple[str, str]] = {
     relu: ("max(0, x)", "x.clamp(min=0)"),
     sigmoid: ("1 / (1 + exp(log n_i - x))", "torch.sigmoid(x - n.log())"),
     row_softmax: ("exp(x - max_j x)", "(x - x.amax(-1, keepdim=True).detach()).exp()"),
 }
 """phi -> (as a formula, as code of x and n)."""
-_DIVISORS = {
+_DIVISORS: dict[str | float, tuple[str, str]] = {
     "sqrt_length": ("sqrt(n_i)", "n.sqrt()"),
     "length": ("n_i", "n"),
     "sum": (f"{EPS} + sum_j phi", f"({EPS} + phi.sum(-1, keepdim=True))"),
@@ -61,7 +62,9 @@ def write_remote_code(
     path = folder / FILE
     if reason := why_not(config, settings):
         logger.warning(
-            "no %s was written: %s. The model loads where hf_polyattn is imported, not with trust_remote_code", FILE, reason
+            "no %s was written: %s. The model loads where hf_polyattn is imported, not with trust_remote_code",
+            FILE,
+            reason,
         )
         path.unlink(missing_ok=True)
         return {}
@@ -99,8 +102,7 @@ def remote_code(config: Any, settings: PolyAttentionConfig, autos: Mapping[str, 
     entry = get_activation(settings.activation)
     state = PolyAttentionState(settings, 1)
     models = sorted(set(autos.values()))
-    formula, phi = _formula(entry.phi, settings, state.has_coefficients)
-    divisor, divisor_code = _DIVISORS.get(str(settings.normalization), (f"{settings.normalization}",) * 2)
+    formula, divisor = formulas(settings)
     learned = [("alpha", settings.learn_affine), ("beta", settings.learn_affine), ("gain", settings.learn_gain)]
     if state.has_coefficients:
         learned.append(("coefficients", settings.coefficients == "learnable"))
@@ -108,9 +110,9 @@ def remote_code(config: Any, settings: PolyAttentionConfig, autos: Mapping[str, 
         "version": __version__,
         "model_type": config.model_type,
         "stock_type": config.stock_class.model_type,
-        "auto_class": _documented_auto_class(config, autos),
+        "auto_class": documented_auto_class([n.removeprefix("Poly") for n in config.architectures or []], autos),
         "stock_config": config.stock_class.__name__,
-        "stock_classes": sorted([config.stock_class.__name__, *models]),
+        "stock_text": _wrapped(sorted([config.stock_class.__name__, *models])),
         "model_classes": models,
         "config_class": type(config).__name__,
         "auto_map": auto_map_of(config, autos),
@@ -119,16 +121,16 @@ def remote_code(config: Any, settings: PolyAttentionConfig, autos: Mapping[str, 
         # as it will be read back: lists and text keys
         "settings_text": _dictionary(json.loads(json.dumps(config.polyattn))),
         "formula": formula,
-        "phi": phi,
+        "phi": _PHI[entry.phi][1] if entry.phi in _PHI else "",
         "divisor": divisor,
-        "divisor_code": divisor_code,
+        "divisor_code": _DIVISORS.get(settings.normalization, ("", f"{settings.normalization}"))[1],
         "is_polynomial": entry.is_polynomial,
         "has_coefficients": state.has_coefficients,
         "is_shifted": not state.is_plain_power,
         "masked": "-1e30" if entry.exponential else "0",
-        "tensors": ", ".join(f'("{name}", {is_learned})' for name, is_learned in learned),
+        "tensors_text": _literal(dict(learned)),
         "gain": state.analytic_gain() if settings.gain == "auto" else settings.gain,
-        "start": list(state.start) if state.has_coefficients else None,
+        "start_text": _wrapped([str(c) for c in state.start]) if state.has_coefficients else "",
         "has_softmax": settings.layers is not None or settings.heads is not None,
         "layers": None if settings.layers is None else list(settings.layers),
         "heads": {layer: list(heads) for layer, heads in (settings.heads or {}).items()},
@@ -137,27 +139,32 @@ def remote_code(config: Any, settings: PolyAttentionConfig, autos: Mapping[str, 
     return render(_TEMPLATE, digest=digest, **values)
 
 
-def _formula(phi: Any, settings: PolyAttentionConfig, has_coefficients: bool) -> tuple[str, str]:
-    """phi for the reader, and as code of x and n where it is no polynomial."""
-    if phi is not None:
-        return _PHI[phi]
-    if not has_coefficients:
-        return f"x^{settings.degree}", ""
+def formulas(settings: PolyAttentionConfig) -> tuple[str, str]:
+    """phi(x) and Z_i as text, for people."""
+    entry = get_activation(settings.activation)
+    divisor = _DIVISORS.get(settings.normalization, (f"{settings.normalization}",))[0]
+    if entry.phi is not None:
+        return _PHI.get(entry.phi, (f"{settings.activation}(x)",))[0], divisor
+    if settings.coefficients == "monomial":
+        return f"x^{settings.degree}", divisor
     terms = " + ".join(["c_0", "c_1 x", *(f"c_{k} x^{k}" for k in range(2, settings.degree + 1))])
-    return f"{terms}, {'learned' if settings.coefficients == 'learnable' else 'fixed'} for each head", ""
+    return f"{terms}, {'learned' if settings.coefficients == 'learnable' else 'fixed'} for each head", divisor
 
 
 def _dictionary(values: Mapping[str, Any]) -> str:
     return "\n".join(["{", *(f"    {_literal(key)}: {_literal(value)}," for key, value in values.items()), "}"])
 
 
+def _wrapped(names: Sequence[str]) -> str:
+    return textwrap.fill(", ".join(names) + ",", 110, initial_indent=" " * 4, subsequent_indent=" " * 4)
+
+
 def _literal(value: Any) -> str:
     return repr(value).replace("'", '"')
 
 
-def _documented_auto_class(config: PretrainedConfig, autos: Mapping[str, str]) -> str:
-    """The Auto class of the model that is being saved, AutoModel where only its configuration is."""
-    saved = [name.removeprefix("Poly") for name in config.architectures or []]
-    fitting = [auto for auto, stock in autos.items() if stock in saved]
+def documented_auto_class(stock: Sequence[str], autos: Mapping[str, str]) -> str:
+    """The Auto class that loads models of the classes `stock`; AutoModel where there are none."""
+    fitting = [auto for auto, name in autos.items() if name in stock]
     # stands for a whole family of tasks, and says least
     return min(fitting, key=lambda auto: auto == "AutoModelForPreTraining", default="AutoModel")

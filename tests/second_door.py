@@ -1,7 +1,7 @@
 """A process without the plugin: loads checkpoints by their own modeling_polyattn.py, or is refused. Prints JSON.
 
-python second_door.py JOB.json, where JOB holds a list of {"folder", "auto", "again"}: a checkpoint with expected.safetensors
-beside it, the Auto class, and the folder to save it in again.
+python second_door.py JOB.json, where JOB maps names to {"folder", "auto", "again", "autos"}: a checkpoint with
+expected.safetensors in it, its Auto class, a folder to save it in again, further Auto classes to try.
 """
 
 import json
@@ -46,7 +46,11 @@ def examine(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict:
     attentions = model(ids, attention_mask=mask, output_attentions=True).attentions
     found["weights"] = max(distance(one, expected[f"weights.{i}"]) for i, one in enumerate(attentions))
     if "generated" in expected:
-        for name, options in {"cache": {}, "no_cache": {"use_cache": False}, "static": {"cache_implementation": "static"}}.items():
+        for name, options in {
+            "cache": {},
+            "no_cache": {"use_cache": False},
+            "static": {"cache_implementation": "static"},
+        }.items():
             out = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **options)
             found[name] = torch.equal(out, expected["generated"])
     return found
