@@ -73,12 +73,16 @@ def push(
             allow_patterns=list(UPLOADED),
             delete_patterns=list(_REPLACED),
         )
-    except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub refused, and nothing was committed: {error}") from error
-    except HTTPError as error:
-        raise ConnectionError(
-            f"the connection to the Hub broke ({type(error).__name__}), and nothing was committed: push again"
-        ) from error
+    except (HTTPError, RuntimeError) as error:
+        # an upload that fails comes wrapped, with the name of the file
+        reason = error if isinstance(error, HTTPError) else error.__cause__
+        if isinstance(reason, HfHubHTTPError):
+            raise ConnectionError(f"the Hub refused, and nothing was committed: {reason}") from error
+        if isinstance(reason, HTTPError):
+            raise ConnectionError(
+                f"the connection to the Hub broke ({type(reason).__name__}), and nothing was committed: push again"
+            ) from error
+        raise
 
 
 def check_folder(folder: Path) -> None:

@@ -327,8 +327,8 @@ class Run:
         (folder / "results.json").write_text(json.dumps(portable(results), indent=2), encoding="utf-8")
         try:
             done = push(folder, name, private=self.args.hub_private or None)
-        except OSError as error:
-            # hours of training must not end in an error because a connection broke
+        except (OSError, ValueError) as error:
+            # hours of training must not end in an error because a connection broke or a name was taken
             print_once(f"not pushed: {error}. Again: hf-polyattn push {folder} --to {name}")
         else:
             print_once(f"pushed: {done.commit_url}")
