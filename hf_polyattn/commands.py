@@ -129,7 +129,7 @@ def card(args: Namespace) -> str:
         license=args.license,
         figure=figure,
     )
-    if text.data.license is None:
+    if text.data.get("license") is None:
         raise ValueError("the licence cannot be told from the base model: name it, such as --license apache-2.0")
     text.save(out)
     for content, name in ((results, "results.json"), (twin, "results_softmax.json")):

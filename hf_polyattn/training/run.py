@@ -321,7 +321,7 @@ class Run:
         tokenizer.save_pretrained(folder)
         figure = draw_losses({"this model": self.out / "metrics.jsonl"}, folder / "losses.png")
         card = model_card(model, results, name=name, license=self.args.hub_license, figure=figure.name)
-        if card.data.license is None:
+        if card.data.get("license") is None:
             print_once("the card names no licence: add it on the Hub, or pass --hub_license another time")
         card.save(folder / CARD)
         (folder / "results.json").write_text(json.dumps(portable(results), indent=2), encoding="utf-8")
