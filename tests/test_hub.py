@@ -39,7 +39,7 @@ def start(script: str, environment: dict[str, str], *words: object) -> SimpleNam
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
     """A Hub that one process has published to and two others, with and without the plugin, have read from."""
-    folder = tmp_path_factory.mktemp("hub")
+    folder, outputs = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("outputs")
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     for name, options in (("first", {}), ("second", {"max_shard_size": "20KB"})):
@@ -66,11 +66,23 @@ def world(tmp_path_factory) -> SimpleNamespace:
     with MiniHub(token=TOKEN) as server:
         published = start("hub_publisher.py", environment("publisher", HF_TOKEN=TOKEN), folder)
         readers = {
-            who: start("hub_reader.py", environment(who, **more), who, folder / "input.safetensors", folder / who)
+            who: start(
+                "hub_reader.py",
+                environment(who, **more),
+                who,
+                folder / "input.safetensors",
+                outputs / f"{who}.safetensors",
+            )
             for who, more in (("plugin", {"HF_TOKEN": TOKEN}), ("alone", {}))
         }
         yield SimpleNamespace(
-            server=server, folder=folder, logits=logits, published=published, said=published.report, readers=readers
+            server=server,
+            folder=folder,
+            outputs=outputs,
+            logits=logits,
+            published=published,
+            said=published.report,
+            readers=readers,
         )
 
 
@@ -150,7 +162,7 @@ def test_branches_and_pull_requests(world):
 def test_downloaded_elsewhere_it_computes_the_same(world, who, name):
     reader = world.readers[who]
     assert reader.report[name] == ("hf_polyattn" if who == "plugin" else "transformers_modules")
-    logits = load_file(world.folder / who)[name]
+    logits = load_file(world.outputs / f"{who}.safetensors")[name]
     if name == "user/trained":
         # trained for a step at the side
         assert logits.shape == world.logits.shape
@@ -164,7 +176,7 @@ def test_downloaded_elsewhere_it_computes_the_same(world, who, name):
 
 def test_head_of_a_repository_is_the_last_whole_push(world):
     for reader, options in (("plugin", {"rtol": 0, "atol": 0}), ("alone", {"rtol": 1e-4, "atol": 1e-5})):
-        logits = load_file(world.folder / reader)["user/first"]
+        logits = load_file(world.outputs / f"{reader}.safetensors")["user/first"]
         second = hf_polyattn.models.PolyGPT2LMHeadModel.from_pretrained(world.folder / "second").eval()
         with torch.no_grad():
             for tensor in (*second.parameters(), *second.buffers()):
