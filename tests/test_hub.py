@@ -20,6 +20,8 @@ from hf_polyattn.training.tokenizers import byte_tokenizer
 
 HERE = Path(__file__).parent
 TOKEN = "hf_neverToBeSeenAnywhere42"
+# the processes behind `world` take a minute of CPU, which is longer on a busy machine
+pytestmark = pytest.mark.timeout(3600)
 PARTS = ["README.md", "config.json", "generation_config.json", "modeling_polyattn.py"]
 
 
