@@ -301,11 +301,14 @@ class RunArguments:
     report_to: str = "none"
     """Tracker beside metrics.jsonl: none, tensorboard, wandb, or another one that accelerate knows."""
     push_to_hub: bool = False
-    """Push model and tokenizer when training is done; the token comes from `hf auth login` or HF_TOKEN."""
+    """Push model, tokenizer, card and results when training is done; the token comes from `hf auth login` or
+    HF_TOKEN."""
     hub_model_id: str | None = None
     """Name on the Hub, such as me/gpt2-cubic. Empty: the name of output_dir."""
     hub_private: bool = False
     """Push to a private repository."""
+    hub_license: str | None = None
+    """Licence for the model card, such as apache-2.0. Empty: that of the checkpoint it started from."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "eval_steps", "save_steps", at_least=0)

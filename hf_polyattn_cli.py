@@ -72,6 +72,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    card = commands.add_parser("card", help="write the model card of a checkpoint, and its results beside it")
+    card.add_argument("path", metavar="PATH", help="folder of a saved model")
+    card.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
+    card.add_argument("--results", metavar="FILE", help="results.json of the run that made it")
+    card.add_argument("--twin", metavar="FILE", help="results.json of the softmax run to stand beside it")
+    card.add_argument("--base-model", metavar="NAME", help="what it was made from (default: what the results say)")
+    card.add_argument("--license", metavar="ID", help="such as apache-2.0 (default: that of the base model)")
+    card.add_argument(
+        "--figure", metavar="FILE", help="image to show (default: losses, drawn from the metrics.jsonl of the runs)"
+    )
+    card.add_argument("--out", metavar="FILE", help="where the card goes (default: PATH/README.md)")
+
+    push = commands.add_parser("push", help="upload a saved model with its card to the Hub, in one commit")
+    push.add_argument("path", metavar="PATH", help="folder of a saved model with its card")
+    push.add_argument("--to", required=True, metavar="USER/NAME", help="repository; it is created if need be")
+    push.add_argument("--private", action="store_true", help="create it as a private one")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--json", action="store_true", help="print JSON")
+
     commands.add_parser("doctor", help="say which forms of the operation this machine has, and why not the others")
     return parser
 

@@ -113,6 +113,11 @@ class Architecture:
     reads_packing: bool = False
     output_projection: str | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the configuration alone tells the number of heads and the first spread of the scores."""
+        return self.num_heads is _heads_from_config and self.initial_spread is _spread_at_initialization
+
     def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """(name, module) of every attention module, in the order of `named_modules`."""
         for name, module in model.named_modules():

@@ -1,6 +1,7 @@
-"""What the commands `patch`, `inspect` and `doctor` do; each returns the text to print."""
+"""What the commands `patch`, `inspect`, `card`, `push` and `doctor` do; each returns the text to print."""
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from . import doctor as machine
 from . import models
+from .figures import draw_losses
+from .hub import CARD
+from .hub import push as publish
+from .model_card import model_card, portable, read_results
 from .models import PolyModelMixin, read_settings, states
 from .patching import coverage, patch_model
-from .tables import format_span, format_table
+from .tables import format_states
 
 BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
 """Calibration from a file: batches, sequences of each, and tokens of each at most."""
@@ -110,6 +115,58 @@ def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: P
     ]
 
 
+def card(args: Namespace) -> str:
+    """Writes the card of args.path; results and figure go beside it, where `push` finds them."""
+    folder = Path(args.path)
+    out = Path(args.out) if args.out else folder / CARD
+    results, twin = (read_results(path) if path else None for path in (args.results, args.twin))
+    model = load_checkpoint(args.path)
+    runs = {"this model": args.results, "softmax twin": args.twin}
+    logs = {label: Path(path).with_name("metrics.jsonl") for label, path in runs.items() if path}
+    figure = _figure(args.figure, {label: log for label, log in logs.items() if log.exists()}, out.parent)
+    text = model_card(
+        model,
+        results,
+        twin,
+        name=args.name or folder.resolve().name,
+        base_model=args.base_model,
+        license=args.license,
+        figure=figure,
+    )
+    if text.data.get("license") is None:
+        raise ValueError("the licence cannot be told from the base model: name it, such as --license apache-2.0")
+    text.save(out)
+    for content, name in ((results, "results.json"), (twin, "results_softmax.json")):
+        if content:
+            (out.parent / name).write_text(json.dumps(portable(content), indent=2), encoding="utf-8")
+    return f"card: {out}"
+
+
+def _figure(given: str | None, logs: dict[str, Path], folder: Path) -> str | None:
+    """Name of the image in `folder`: a copy of the given one, or the losses of `logs`; None without either."""
+    if given:
+        target = folder / Path(given).name
+        if not target.exists() or not target.samefile(given):
+            shutil.copyfile(given, target)
+        return target.name
+    return draw_losses(logs, folder / "losses.png").name if logs else None
+
+
+def push(args: Namespace) -> str:
+    """Uploads args.path to args.to."""
+    transformers.logging.disable_progress_bar()
+    done = publish(
+        args.path,
+        args.to,
+        private=args.private or None,
+        revision=args.revision,
+        message=args.message,
+        create_pr=args.create_pr,
+    )
+    url = done.pr_url or done.commit_url
+    return json.dumps({"url": url, "commit": done.oid}, indent=2) if args.json else f"pushed: {url}"
+
+
 def doctor(args: Namespace) -> str:
     """Which forms this machine has."""
     return machine.report()
@@ -139,16 +196,5 @@ def inspect(args: Namespace) -> str:
     if settings is not None:
         shown = {name: value for name, value in settings.to_dict().items() if value is not None}
         lines += ["", *(f"  {name}: {value}" for name, value in shown.items())]
-        lines += ["", "mean over heads (min to max)", _state_table(tensors)]
+        lines += ["", "mean over heads (min to max)", format_states(tensors)]
     return "\n".join(lines)
-
-
-def _state_table(tensors: dict[str, dict[str, torch.Tensor]]) -> str:
-    rows = []
-    for name, state in tensors.items():
-        columns = {key: state[key] for key in ("alpha", "beta", "gain")}
-        if "coefficients" in state:
-            columns |= {f"c_{power}": column for power, column in enumerate(state["coefficients"].unbind(1))}
-        header = ["module", *columns]
-        rows.append([name, *(format_span(column.float()) for column in columns.values())])
-    return format_table(header, rows)

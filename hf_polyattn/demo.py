@@ -294,15 +294,17 @@ def reload_fresh(job: Path, logs: Path, new_tokens: int) -> dict[str, Any]:
 
 def refusal(saved: Path) -> str:
     """The error of a process that has Transformers but not this package. Raises DemoError when there is none."""
-    result = subprocess.run([sys.executable, "-c", WITHOUT_PLUGIN, str(saved)], capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_PLUGIN, str(saved)]
+    # at a terminal Transformers would ask whether to run the code beside the weights
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode == 0:
         raise DemoError(
             f"a process without the plugin loaded {saved}: it would compute softmax with weights for a cubic"
         )
     errors = [line for line in result.stderr.splitlines() if line.startswith("ValueError:")]
-    if not errors or "does not recognize this architecture" not in errors[-1]:
+    if not errors or "contains custom code" not in errors[-1]:
         raise DemoError(f"a process without the plugin failed for another reason: {result.stderr.strip()[-300:]}")
-    return errors[-1].partition(" This could be")[0]
+    return errors[-1].partition(" You can inspect")[0]
 
 
 def results_table(records: dict[str, Record]) -> str:

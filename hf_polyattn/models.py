@@ -7,8 +7,10 @@ model_type polyattn_gpt2) that Auto classes find when this package is imported, 
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import transformers
@@ -20,6 +22,7 @@ from .attention import NAME
 from .config import PolyAttentionConfig
 from .forwarding import unwatch, watch
 from .lookups import add_model_name, add_peft_targets, add_tokenizer
+from .remote_code import without_ours, write_remote_code
 from .state import PolyAttentionState
 
 _MODULE = sys.modules[__name__]
@@ -51,6 +54,16 @@ class PolyConfigMixin(_Config):
         # unpickled in a fresh process it is the first of its kind, and its constructor does not run
         self.__dict__.update(state)
         register_models(type(self))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; also writes what loads the model without this package, see `remote_code`.
+
+        Models save their configuration through this method, so their code is there before anything is uploaded.
+        """
+        autos = {auto.__name__: stock.__name__ for auto, stock in auto_classes(self.stock_class)}
+        ours = write_remote_code(self, read_settings(self), autos, Path(save_directory))
+        _set_auto_map(self, {**without_ours(getattr(self, "auto_map", None)), **ours})
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT looks its default targets up by the model_type that it finds in this dictionary
@@ -228,10 +241,17 @@ def stock_config(config: Any, implementation: str | None) -> PretrainedConfig:
     out = copy.deepcopy(config)
     out.__class__ = type(config).stock_class
     delattr(out, NAME)
+    _set_auto_map(out, without_ours(getattr(out, "auto_map", None)))
     out._attn_implementation = implementation
     if out.architectures:
         out.architectures = [name.removeprefix(_PREFIX) for name in out.architectures]
     return out
+
+
+def _set_auto_map(config: Any, auto_map: dict[str, Any]) -> None:
+    config.__dict__.pop("auto_map", None)
+    if auto_map:
+        config.auto_map = auto_map
 
 
 def register_config(model_type: str) -> None:
@@ -245,20 +265,27 @@ def register_config(model_type: str) -> None:
 @_cached
 def register_models(config_class: type[PolyConfigMixin]) -> None:
     """Registers the polynomial twin of each model class with each Auto class that its stock class is in."""
+    for auto, base in auto_classes(config_class.stock_class):
+        twin = poly_model_class(base)
+        auto.register(config_class, twin, exist_ok=True)
+        add_model_name(auto, config_class.model_type, twin.__name__)
+    add_tokenizer(config_class, config_class.stock_class)
+
+
+@_cached
+def auto_classes(stock: type[PretrainedConfig]) -> list[tuple[Any, type[PreTrainedModel]]]:
+    """(Auto class, model class) for each Auto class of models that knows a stock configuration."""
     from transformers.models.auto import modeling_auto
 
-    stock = config_class.stock_class
+    found = []
     for name in dir(modeling_auto):
         auto = getattr(modeling_auto, name)
         mapping = getattr(auto, "_model_mapping", None)
         if not name.startswith("AutoModel") or mapping is None or stock not in mapping:
             continue
-        base = mapping[stock]
-        if isinstance(base, type):
-            twin = poly_model_class(base)
-            auto.register(config_class, twin, exist_ok=True)
-            add_model_name(auto, config_class.model_type, twin.__name__)
-    add_tokenizer(config_class, stock)
+        if isinstance(base := mapping[stock], type):
+            found.append((auto, base))
+    return found
 
 
 def _publish(cls: type) -> type:

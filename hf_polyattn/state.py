@@ -81,7 +81,8 @@ class PolyAttentionState(nn.Module):
         return self.activation.is_polynomial and self.config.coefficients != "monomial"
 
     @property
-    def _plain_power(self) -> bool:
+    def is_plain_power(self) -> bool:
+        """Whether phi is a bare s^p of an unshifted score; beta is not read then."""
         config = self.config
         fixed_shift = config.beta == 0 and not config.learn_affine
         bare = self.activation.is_polynomial and not self.has_coefficients
@@ -190,8 +191,8 @@ class PolyAttentionState(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, return_weights: bool, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         config = self.config
-        gain, affine = self.gain, (self.alpha, self.beta) if not self._plain_power else None
-        if self._plain_power:
+        gain, affine = self.gain, (self.alpha, self.beta) if not self.is_plain_power else None
+        if self.is_plain_power:
             # (alpha s)^p = alpha^p s^p: kernels then take their bare power, without an affine score; wide, because
             # alpha^p leaves float16's range long before the weights do
             wide = torch.promote_types(gain.dtype, torch.float32)

@@ -1,6 +1,6 @@
 """Plain text tables for reports: columns as wide as their widest cell."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -35,3 +35,16 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
         for row in cells
     )
+
+
+def format_states(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """Module -> the tensors of its `polyattn` child, as a table of mean, smallest and largest over heads."""
+    rows: list[list[str]] = []
+    header = ["module"]
+    for name, state in tensors.items():
+        columns = {key: state[key] for key in ("alpha", "beta", "gain")}
+        if "coefficients" in state:
+            columns |= {f"c_{power}": column for power, column in enumerate(state["coefficients"].unbind(1))}
+        header = ["module", *columns]
+        rows.append([name, *(format_span(column.float()) for column in columns.values())])
+    return format_table(header, rows)

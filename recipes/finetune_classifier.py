@@ -302,6 +302,7 @@ def main(argv: list[str] | None = None) -> dict:
         recipe="finetune_classifier",
         steps=total_steps,
         seed=optimization.seed,
+        best_metric=main_score,
     )
 
 

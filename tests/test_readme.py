@@ -104,7 +104,7 @@ KEY_LINES = [
     r"^# steps of # tokens, seed #; measured while both trained side by side on ",
     r"^reloaded \S+ in a fresh process as PolyGPT#LMHeadModel: # logits identical$",
     r"^without the plugin a fresh process refuses it:$",
-    r"^ValueError: .*`polyattn_gpt#` but Transformers does not recognize this architecture\.$",
+    r"^ValueError: .*(contains custom code which must be executed|but Transformers does not recognize this)",
     r"^the reloaded cubic model writes:$",
     r"^saved model: \S+cubic$",
     r"^next: hf-polyattn inspect \S+cubic$",

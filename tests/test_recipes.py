@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from recipe_runs import RECIPES, debug_config, metrics, recipe, run_recipe, write_text
 from transformers import (
     AutoModelForCausalLM,
@@ -19,12 +21,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_polyattn import coverage
+from hf_polyattn.hub import check_folder
+from hf_polyattn.training import run as training_run
 from hf_polyattn.training.lora import load_trained
 from hf_polyattn.training.nonfinite import NonFiniteError
 from hf_polyattn.training.run import MAX_SKIPPED_STEPS
@@ -294,21 +296,53 @@ def test_compiled_model_is_saved_under_its_own_names(tmp_path, monkeypatch):
     torch.testing.assert_close(dict(compiled.state_dict()), dict(plain.state_dict()))
 
 
-def test_push_publishes_a_model_that_stands_alone(pretrained, tmp_path, monkeypatch):
-    pushed = []
-    for cls in (PreTrainedModel, PreTrainedTokenizerBase):
-        monkeypatch.setattr(cls, "push_to_hub", lambda self, name, private: pushed.append((self, name, private)))
-    run_recipe(
+@pytest.fixture
+def pushed(monkeypatch) -> list:
+    """What recipes push, instead of pushing it: (folder, name, private)."""
+    calls = []
+
+    def push(folder, name, *, private):
+        check_folder(folder)
+        calls.append((folder, name, private))
+        return SimpleNamespace(commit_url="a commit")
+
+    monkeypatch.setattr(training_run, "push", push)
+    return calls
+
+
+def test_push_publishes_a_model_that_stands_alone(pretrained, tmp_path, pushed, capsys):
+    results = run_recipe(
         *("finetune_causal_lm", tmp_path / "mine", "--model", pretrained[0] / "best", *SHORT, "--lora_r", 2),
-        *("--push_to_hub", "--hub_private"),
+        *("--push_to_hub", "--hub_private", "--hub_license", "mit"),
     )
-    (model, name, private), (tokenizer, same_name, _) = pushed
-    assert name == same_name == "mine"
+    ((folder, name, private),) = pushed
+    assert name == "mine"
     assert private
+    assert "pushed: a commit" in capsys.readouterr().out
     # adapters are merged: the base is a folder on this machine
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "PolyGPT2LMHeadModel"
     assert not any("lora" in key for key in model.state_dict())
-    assert tokenizer.eos_token_id == 256
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == 256
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.eval_results[0].metric_value == pytest.approx(results["best"], abs=1e-4)
+    assert "losses.png" in card.text
+    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in (folder / "results.json").read_text() + str(card)
+
+
+def test_a_push_that_fails_does_not_end_the_run(pretrained, tmp_path, monkeypatch, capsys):
+    def refuse(*unused, **options):
+        raise ConnectionError("the connection to the Hub broke")
+
+    monkeypatch.setattr(training_run, "push", refuse)
+    arguments = ["--model", pretrained[0] / "best", *SHORT, "--push_to_hub", "--hub_model_id", "me/mine"]
+    run_recipe("finetune_causal_lm", tmp_path / "out", *arguments)
+    said = capsys.readouterr().out
+    assert "not pushed: the connection to the Hub broke" in said
+    assert f"hf-polyattn push {tmp_path / 'out' / 'published'} --to me/mine" in said
+    assert "names no licence" in said
 
 
 def test_adapters_of_a_softmax_twin_stay_softmax(pretrained, tmp_path, monkeypatch):
@@ -325,10 +359,7 @@ def test_adapters_of_a_softmax_twin_stay_softmax(pretrained, tmp_path, monkeypat
     assert type(load_trained(AutoModelForCausalLM, tmp_path / "out" / "last")).__name__ == "GPT2LMHeadModel"
 
 
-def test_adapters_of_a_stock_classifier_are_published_with_their_labels(tmp_path, monkeypatch):
-    pushed = []
-    for cls in (PreTrainedModel, PreTrainedTokenizerBase):
-        monkeypatch.setattr(cls, "push_to_hub", lambda self, name, private: pushed.append(self))
+def test_adapters_of_a_stock_classifier_are_published_with_their_labels(tmp_path, pushed):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
     tokenizer = byte_tokenizer(["pad_token", "cls_token", "sep_token"])
     # a base without labels, as on the Hub
@@ -342,8 +373,10 @@ def test_adapters_of_a_stock_classifier_are_published_with_their_labels(tmp_path
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({k: str(v) for k, v in arguments.items()} | {"batch_size": 8, "max_length": 8}))
     run_recipe("finetune_classifier", tmp_path / "out", "--push_to_hub", config=str(config))
-    assert pushed[0].config.label2id == {"x": 0, "y": 1, "z": 2}
-    assert type(pushed[0]).__name__ == "BertForSequenceClassification"
+    model = AutoModelForSequenceClassification.from_pretrained(pushed[0][0])
+    assert model.config.label2id == {"x": 0, "y": 1, "z": 2}
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert "accuracy" in ModelCard.load(pushed[0][0] / "README.md").data.metrics
 
 
 def test_trackers_through_accelerate(tmp_path, monkeypatch):

@@ -27,6 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_polyattn_arguments import Group, OptimizationArguments, RunArguments, as_yaml
 
+from ..figures import draw_losses
+from ..hub import CARD, push
+from ..model_card import model_card, portable
 from .checkpoint import PARTIAL, find_last, load_state, prune, read_position, register_hooks, save_checkpoint
 from .devices import device_name, peak_mib
 from .lora import BASE, load_trained
@@ -34,9 +37,11 @@ from .losses import Loss
 from .models import print_once
 from .nonfinite import NOT_REPEATABLE, REMEDY, SHARDED, NonFiniteError, find_nonfinite
 
+PUBLISHED = "published"
+"""Folder below a run's own that holds what was pushed."""
 PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
 MAY_CHANGE = {
-    *("output_dir", "resume", "overwrite", "report_to", "push_to_hub", "hub_model_id", "hub_private"),
+    *("output_dir", "resume", "overwrite", "report_to", "push_to_hub", "hub_model_id", "hub_private", "hub_license"),
     *("eval_steps", "eval_batch_size", "save_steps", "logging_steps", "num_workers"),
 }
 """Arguments that may differ when a run is resumed: they do not enter the losses."""
@@ -310,28 +315,43 @@ class Run:
         if self.accelerator.is_main_process:
             (self.out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
             if self.args.push_to_hub:
-                self._push(auto_class, tokenizer)
+                self._push(auto_class, tokenizer, results)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         saved = " and ".join(str(link) for link in (self.out / "best", self.out / "last") if link.exists())
         print_once(f"saved: {saved}; summary: {self.out / 'results.json'}")
         return results
 
-    def _push(self, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _push(self, auto_class: Any, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]) -> None:
         """Publishes what was saved, adapters merged into their base, so that it loads by itself."""
         name = self.args.hub_model_id or self.out.resolve().name
         best = self.out / "best"
         # where no evaluation gave a number, nothing is best
         model = load_trained(auto_class, best if best.exists() else self.out / "last")
-        model.push_to_hub(name, private=self.args.hub_private)  # type: ignore[arg-type]
-        tokenizer.push_to_hub(name, private=self.args.hub_private)
+        folder = self.out / PUBLISHED
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        figure = draw_losses({"this model": self.out / "metrics.jsonl"}, folder / "losses.png")
+        card = model_card(model, results, name=name, license=self.args.hub_license, figure=figure.name)
+        if card.data.get("license") is None:
+            print_once("the card names no licence: add it on the Hub, or pass --hub_license another time")
+        card.save(folder / CARD)
+        (folder / "results.json").write_text(json.dumps(portable(results), indent=2), encoding="utf-8")
+        try:
+            done = push(folder, name, private=self.args.hub_private or None)
+        except (OSError, ValueError) as error:
+            # hours of training must not end in an error because a connection broke or a name was taken
+            print_once(f"not pushed: {error}. Again: hf-polyattn push {folder} --to {name}")
+        else:
+            print_once(f"pushed: {done.commit_url}")
 
 
 def _remove_run(out: Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in the folder."""
     for link in (out / "last", out / "best"):
         link.unlink(missing_ok=True)
-    for folder in [*out.glob("checkpoint-*"), out / BASE]:
+    for folder in [*out.glob("checkpoint-*"), out / BASE, out / PUBLISHED]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("metrics.jsonl", "results.json"):
         (out / name).unlink(missing_ok=True)
