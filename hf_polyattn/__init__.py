@@ -13,6 +13,7 @@ from .config import PolyAttentionConfig
 from .initialization import start_scores
 from .ops import polynomial_attention
 from .patching import Coverage, coverage, patch_model, patched, unpatch_model
+from .recurrent_cache import RecurrentCache
 
 attention.register()
 register_architecture("gpt2", ["GPT2Attention"], query_key=fused_query_key)
@@ -22,6 +23,7 @@ register_architecture("bert", ["BertSelfAttention", "BertCrossAttention"], query
 __all__ = [
     "Coverage",
     "PolyAttentionConfig",
+    "RecurrentCache",
     "__version__",
     "calibrate_gain",
     "coverage",

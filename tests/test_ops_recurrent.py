@@ -1,4 +1,4 @@
-"""The linear-cost form: monomials, chunks and offsets against the definition in float64, its memory and its refusals."""
+"""The linear-cost form: monomials, chunks and offsets against the definition in float64, memory, refusals."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from attention_cases import NORMALIZATIONS, degree_of, error, inputs, masking, r
 
 from hf_polyattn.ops import attend, polynomial_attention, recurrent
 from hf_polyattn.ops.monomials import Monomials
-from hf_polyattn.ops.recurrent import Past, absorb, sums_shape
+from hf_polyattn.ops.recurrent import Past, absorb, new_past
 
 PHIS = ("s^1", "s^2", "s^3", "s^4", "a^2", "c^1", "c^2", "c^3")
 MASKS = ("full", "causal", "lengths", "left-padding", "right-padding")
@@ -175,10 +175,8 @@ def test_pieces_equal_the_whole(phi, normalization, sizes, small_chunks):
     options = {**given, "affine": affine, "degree": degree_of(phi), "normalization": normalization, "is_causal": True}
     keep = torch.arange(20) >= torch.tensor([0, 6]).view(-1, 1, 1, 1)
     expected = attend(q, k, v, **options, keep=keep, backend="naive")
-    degree = degree_of(phi) or int(phi[2:])
-    shape = sums_shape(k, v, degree, phi[0] in "ac", normalization)
-    past = Past(torch.zeros(shape, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
-    absorbed = Past(torch.zeros(shape, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+    polynomial = {"degree": int(phi[2:]), "has_coefficients": phi[0] in "ac"}
+    past, absorbed = (new_past(k, v, normalization=normalization, **polynomial) for _ in range(2))
     parts, start = [], 0
     for size in sizes:
         here = slice(start, start + size)
@@ -187,7 +185,7 @@ def test_pieces_equal_the_whole(phi, normalization, sizes, small_chunks):
         start += size
     torch.testing.assert_close(torch.cat(parts, 2), expected)
     assert past.lengths.tolist() == [20, 14]
-    absorb(absorbed, k, v, degree=degree, has_coefficients=phi[0] in "ac", key_keep=keep[:, 0, 0])
+    absorb(absorbed, k, v, key_keep=keep[:, 0, 0], **polynomial)
     torch.testing.assert_close(absorbed.sums, past.sums)
     assert torch.equal(absorbed.lengths, past.lengths)
 

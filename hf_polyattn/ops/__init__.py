@@ -168,6 +168,8 @@ def attend(
         wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
         masking=Masking((query.shape[2], key.shape[2]), **masking),
     )
+    if past is not None and return_weights:
+        raise ValueError("keys that are summed up have no weights: output_attentions needs an ordinary cache")
     form = choose_form(backend if past is None else "recurrent", call)
     weights = None
     with no_autocast(query.device.type):
@@ -194,8 +196,9 @@ def attend(
             options: dict[str, Any] = {"degree": degree, "coefficients": coefficients}
             if form == "recurrent":
                 options |= {"normalization": normalization, "scaling": scaling, "past": past}
-                causal, key_keep = call.masking.by_key  # type: ignore[misc]  # str was refused
-                out = recurrent_attention(query, key, value, is_causal=causal, key_keep=key_keep, **options)
+                by_key = call.masking.by_key
+                assert not isinstance(by_key, str), "refused when the form was chosen"
+                out = recurrent_attention(query, key, value, is_causal=by_key[0], key_keep=by_key[1], **options)
             elif form == "cpu":
                 options |= masking
                 fused = None if gain is None or gain.requires_grad else gain

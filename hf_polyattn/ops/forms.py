@@ -65,14 +65,14 @@ def _cpu_refusal(call: Call) -> str | None:
 
 
 # what is not a sum over keys of something that factors into a query's part and a key's part
-_UNSUMMABLE = {"l1": "absolute values do not factor", "l2": "the squares in Z_i have twice the degree"}
+UNSUMMABLE = {"l1": "absolute values do not factor", "l2": "the squares in Z_i have twice the degree"}
 
 
 def _recurrent_refusal(call: Call) -> str | None:
     if reason := _polynomials_only(call):
         return reason
-    if call.normalization in _UNSUMMABLE:
-        return f'it has no normalization "{call.normalization}": {_UNSUMMABLE[call.normalization]}'
+    if call.normalization in UNSUMMABLE:
+        return f'it has no normalization "{call.normalization}": {UNSUMMABLE[call.normalization]}'
     if call.extras:
         return f"it has no {', '.join(call.extras)}"
     if call.is_empty:

@@ -8,7 +8,7 @@ so that any sign works and the sums do not depend on coefficients):
 
 A causal row needs the S of the keys up to its own: chunks of rows take what lies before them from S and their own part
 from the score matrix of the chunk, [C, C], as usual. Z_i factors out of the sum; "sum" adds a column of ones to the
-values, so that S carries sum_j psi(k_j) too. Backward, with g_i the gradient of the sum, and everything computed again:
+values, so that S carries sum_j psi(k_j) too. Backward, with g_i the gradient of the sum; all is computed again:
 
     R_f   = sum_i w_f psi_f(q_i) g_i^T                          over the rows that see the key
     dV_j  = sum_f psi_f(k_j) R_f        dpsi_f(k_j) = R_f . v_j
@@ -50,12 +50,12 @@ class Past:
     """Kept keys: [B], integers; updated in place."""
 
 
-def sums_shape(
-    key: Tensor, value: Tensor, degree: int, has_coefficients: bool, normalization: str | float
-) -> tuple[int, ...]:
-    """Shape of `Past.sums` for key [B, Hk, S, D] and value [B, Hk, S, Dv]."""
+def new_past(key: Tensor, value: Tensor, *, degree: int, has_coefficients: bool, normalization: str | float) -> Past:
+    """An empty past for key [B, Hk, S, D] and value [B, Hk, S, Dv]."""
     features = Monomials.of_polynomial(key.shape[-1], degree, has_coefficients).count
-    return (*key.shape[:2], features, value.shape[-1] + (normalization == "sum"))
+    shape = (*key.shape[:2], features, value.shape[-1] + (normalization == "sum"))
+    sums = torch.zeros(shape, dtype=compute_dtype(key), device=key.device)
+    return Past(sums, torch.zeros(key.shape[0], dtype=torch.int64, device=key.device))
 
 
 def recurrent_attention(
@@ -135,7 +135,7 @@ def absorb(
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments that are not tensors. degree: not read with coefficients. has_ones: values get a column of ones."""
+    """The arguments that are not tensors. degree: not read with coefficients. has_ones: of the values, one column."""
 
     degree: int
     scaling: float
@@ -279,7 +279,7 @@ class RecurrentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with torch.no_grad():
-            grads = _backward(grad, ctx.needs_input_grad, Scan(*ctx.saved_tensors, ctx.options))
+            grads = _backward(grad, ctx.needs_input_grad, Scan(*ctx.saved_tensors, options=ctx.options))
         if torch.is_grad_enabled():
             grads = tuple(
                 None if g is None else RefuseDerivative.apply(g.requires_grad_(), "recurrent") for g in grads
@@ -340,7 +340,7 @@ def _backward(grad: Tensor, needs: tuple[bool, ...], scan: Scan) -> tuple[Tensor
     )
     dc = torch.zeros_like(coefficients) if coefficients is not None and needs[3] else None
     for here in scan.groups():
-        batch, key_heads, heads = here
+        batch, key_heads, _ = here
         keys = (key_heads.stop - key_heads.start, key.shape[2])
         dk_group = torch.zeros(*keys, key.shape[3], dtype=scan.dtype, device=key.device)
         dv_group = torch.zeros(*keys, scan.width, dtype=scan.dtype, device=key.device)
