@@ -4,8 +4,9 @@
 
 One thread, and its processor time, which other work on the machine changes least. The two forms of a cell run one
 after the other, round after round, in one process: a round gives one ratio, and the median and quartiles of the ratios
-are reported. Outputs are checked against each other before anything is timed. The last lines say where the ratio passes 1, between two measured lengths; the
-table in hf_polyattn/ops/crossover.py is taken from them. About 10 minutes on one CPU core without other load.
+are reported. Outputs are checked against each other before anything is timed. The last lines say where the ratio
+passes 1, between two measured lengths; the table in hf_polyattn/ops/crossover.py is taken from them. About 10 minutes
+on one CPU core without other load.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from hf_polyattn.ops import cpu
 from hf_polyattn.ops.crossover import crossover
 
 LENGTHS = {
-    (1, 32): (128, 256, 512, 1024, 2048),
-    (1, 64): (128, 256, 512, 1024, 2048),
+    (1, 32): (128, 256, 512, 1024, 2048, 4096),
+    (1, 64): (128, 256, 512, 1024, 2048, 4096),
     (2, 32): (512, 1024, 2048, 4096, 8192, 16384),
     (2, 64): (2048, 4096, 8192, 16384),
 }
@@ -85,6 +86,7 @@ def passes_one(ratios: dict[int, float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2], help="rows of others stay in the file")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "recurrent_crossover.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -102,7 +104,8 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
     }
     rows, found = [], []
-    for (degree, dim), backward, is_causal in itertools.product(LENGTHS, (False, True), (True, False)):
+    cells = [cell for cell in LENGTHS if cell[0] in args.degrees]
+    for (degree, dim), backward, is_causal in itertools.product(cells, (False, True), (True, False)):
         ratios = {}
         for length in LENGTHS[degree, dim]:
             forms = {form: build(degree, dim, length, is_causal, backward, form) for form in (quadratic, "recurrent")}
@@ -131,11 +134,15 @@ def main() -> None:
         found.append(
             f"{here}: {passes_one(ratios):.0f} (the table says {crossover(degree, dim, is_causal, backward)})"
         )
+    rows = [{**row, **environment} for row in rows]
+    if args.out.exists():
+        with args.out.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if int(row["degree"]) not in args.degrees]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *environment])
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows({**row, **environment} for row in rows)
+        writer.writerows(sorted(rows, key=lambda row: int(row["degree"])))
     print("\n".join(found))
     print(f"wrote {args.out}")
 

@@ -1,7 +1,7 @@
 """A Transformers cache whose size stops growing: sums over monomials of the keys in place of keys and values."""
 
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -36,9 +36,9 @@ class RecurrentCache(Cache):
         >>> model.generate(ids, past_key_values=RecurrentCache(model))  # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel | nn.Module, switch_at: int | Literal["auto"] = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, switch_at: int | Literal["auto"] = "auto") -> None:
         modules = list(_self_attention(model))
-        ordinary = DynamicCache(config=model.config).layers
+        ordinary = DynamicCache(config=cast(Any, model.config)).layers
         if len(ordinary) != len(modules):
             raise ValueError(
                 f"the configuration has {len(ordinary)} layers, the model {len(modules)} attention modules"
@@ -63,16 +63,16 @@ class RecurrentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys, values and sums that are held now."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, RecurrentLayer):
-                total += layer.nbytes
-            else:
-                total += sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
-        return total
+        return sum(_bytes(layer) for layer in self.layers)
 
 
-def _self_attention(model: nn.Module) -> Iterator[nn.Module]:
+def _bytes(layer: Any) -> int:
+    if isinstance(layer, RecurrentLayer):
+        return layer.nbytes
+    return sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
+
+
+def _self_attention(model: PreTrainedModel) -> Iterator[nn.Module]:
     if getattr(model.config, "add_cross_attention", False):
         raise ValueError("RecurrentCache knows decoders without cross-attention: use an ordinary cache")
     for name, module in get_architecture(model.config).attention_modules(model):

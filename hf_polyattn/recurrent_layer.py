@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from .config import PolyAttentionConfig
-from .ops.masks import Masking
+from .ops.masks import Masking, split_mask
 from .ops.recurrent import Past
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class RecurrentLayer(LinearAttentionAndFullAttentionLayer):
 
     @property
     def past(self) -> Past | None:
-        return Past(self.recurrent_states[0], self.recurrent_states[1]) if self.is_summed else None
+        sums, lengths = self.recurrent_states[0], self.recurrent_states[1]
+        return None if sums is None or lengths is None else Past(sums, lengths)
 
     @property
     def nbytes(self) -> int:
@@ -102,8 +103,8 @@ class RecurrentLayer(LinearAttentionAndFullAttentionLayer):
         """
         if state is None or state.config != self.config:
             raise ValueError("the model was patched anew since its RecurrentCache was made: make a new one")
-        if self.past is not None:
-            return state(query, key, value, past=self.past, **options)
+        if (past := self.past) is not None:
+            return state(query, key, value, past=past, **options)
         out = state(query, key, value, **options)
         if self.cumulative_length >= self.switch_at:
             by_key = Masking((query.shape[2], key.shape[2]), options["keep"], options["is_causal"]).by_key
@@ -114,17 +115,17 @@ class RecurrentLayer(LinearAttentionAndFullAttentionLayer):
 
     def new_part(self, mask: Tensor, queries: int) -> Tensor:
         """The columns of the new keys in a mask [B, H, T, S] whose S may count the keys that are sums by now."""
-        past = self.cumulative_length - queries
-        if not self.is_summed or mask.shape[-1] == queries:
+        past, before = self.past, self.cumulative_length - queries
+        if past is None or mask.shape[-1] == queries:
             return mask
         if mask.shape[-1] < self.cumulative_length:
             raise ValueError(f"the mask has {mask.shape[-1]} columns, not {queries} or {self.cumulative_length}")
-        kept = mask[..., :past] if mask.dtype == torch.bool else mask[..., :past] > -9e3
-        if not (kept.sum(-1) == self.recurrent_states[1].view(-1, 1, 1)).all():
+        kept, _ = split_mask(mask[..., :before])
+        if not (kept.sum(-1) == past.lengths.view(-1, 1, 1)).all():
             raise ValueError(
                 "the mask hides keys that earlier rows attended to, and sums cannot take them out: use a DynamicCache"
             )
-        return mask[..., past : self.cumulative_length]
+        return mask[..., before : self.cumulative_length]
 
     def _sum_up(self, past: Past) -> None:
         for index, tensor in enumerate((past.sums, past.lengths)):
@@ -148,18 +149,19 @@ class RecurrentLayer(LinearAttentionAndFullAttentionLayer):
         self.recurrent_states = dict.fromkeys(self.recurrent_states)
         self.is_recurrent_states_initialized = dict.fromkeys(self.is_recurrent_states_initialized, False)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        (LinearAttentionLayer if self.is_summed else DynamicLayer).reorder_cache(self, beam_idx)
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if not self.is_summed:
+        if (past := self.past) is None:
             return super().batch_repeat_interleave(repeats)
-        self.recurrent_states = {i: x.repeat_interleave(repeats, dim=0) for i, x in self.recurrent_states.items()}
+        rows = torch.arange(len(past.lengths), device=past.lengths.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if not self.is_summed:
+        if (past := self.past) is None:
             return super().batch_select_indices(indices)
-        self.recurrent_states = {i: x[indices] for i, x in self.recurrent_states.items()}
+        self.recurrent_states = {i: x[indices.to(x.device)] for i, x in enumerate((past.sums, past.lengths))}
 
     def activate_past_recording(self) -> None:
         raise RuntimeError(

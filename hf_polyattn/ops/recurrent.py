@@ -279,7 +279,9 @@ class RecurrentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with torch.no_grad():
-            grads = _backward(grad, ctx.needs_input_grad, Scan(*ctx.saved_tensors, options=ctx.options))
+            query, key, value, coefficients, key_keep = ctx.saved_tensors
+            scan = Scan(query, key, value, coefficients, key_keep, ctx.options)
+            grads = _backward(grad, ctx.needs_input_grad, scan)
         if torch.is_grad_enabled():
             grads = tuple(
                 None if g is None else RefuseDerivative.apply(g.requires_grad_(), "recurrent") for g in grads
