@@ -1,7 +1,9 @@
 """Which form computes a call."""
 
+import csv
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_by_name(has_kernel):
 @pytest.fixture
 def degree_1_only(monkeypatch):
     """A crossover of degree 1 that no measurement changes."""
-    monkeypatch.setattr(crossover, "CROSSOVER", {(1, 64): Lengths(1000, 2000, 300, 400)})
+    monkeypatch.setattr(crossover, "CROSSOVER", {(1, dim): Lengths(1000, 2000, 300, 400) for dim in (32, 64)})
 
 
 def long(length: int, **changes: object) -> Call:
@@ -99,6 +101,7 @@ def test_auto_takes_the_recurrent_form_past_its_crossover_only(has_kernel):
     for unlike in (
         {"degree": 2},
         {"head_dim": 80},
+        {"head_dim": 16},
         {"value_dim": 80},
         {"normalization": "l2"},
         {"dtypes": frozenset([torch.bfloat16])},
@@ -109,6 +112,18 @@ def test_auto_takes_the_recurrent_form_past_its_crossover_only(has_kernel):
     assert choose_form("auto", dataclasses.replace(long(1), masking=Masking((1, 5000)))) == other
     assert choose_form("auto", long(3000, keep=torch.ones(3000, 3000, dtype=torch.bool).tril())) == "recurrent"
     assert choose_form("auto", long(3000, device="cuda")) == "tiled"
+
+
+def test_the_crossover_is_the_measured_one():
+    """Slower at no measured length from the table's on, and the table holds nothing that was not measured."""
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "recurrent_crossover.csv"
+    slower, faster = {}, {}
+    for row in csv.DictReader(path.read_text().splitlines()):
+        cell = int(row["degree"]), int(row["head_dim"]), row["mask"] == "causal", "backward" in row["pass"]
+        (faster if float(row["speed_ratio"]) > 1 else slower).setdefault(cell, []).append(int(row["length"]))
+    assert {cell[:2] for cell in faster} == set(crossover.CROSSOVER)
+    for cell, lengths in slower.items():
+        assert max(lengths) < crossover.crossover(*cell) <= 1.2 * max(faster[cell]), cell
 
 
 def test_compiled_graphs_build_nothing(monkeypatch):

@@ -74,7 +74,7 @@ def polynomial_attention(
     Raises:
         ValueError: for shapes or options that do not fit.
         OverflowError: when a float16 output leaves float16's range (outside torch.compile).
-        RuntimeError: when a gradient of the tiled form is differentiated again; backend="naive" can.
+        RuntimeError: when a gradient of any form but "naive" is differentiated again.
     """
     check_shapes(query, key, value, keep, key_lengths, bias)
     heads = query.shape[1]

@@ -17,13 +17,13 @@ class Lengths(NamedTuple):
     full_training: float
 
 
-# (degree, largest head_dim): measured with float32 on one thread of a CPU with AVX2, against the compiled form;
-# benchmarks/recurrent_crossover.py, results beside it. What is not in the table, "auto" does not choose.
+# (degree, head_dim): where benchmarks/recurrent_crossover.py saw the ratio pass 1 (benchmarks/results), and some more;
+# float32, one thread of a CPU with AVX2, against the compiled form. What lies outside, "auto" does not choose.
 CROSSOVER = {
-    (1, 32): Lengths(NEVER, NEVER, NEVER, NEVER),
-    (1, 64): Lengths(NEVER, NEVER, NEVER, NEVER),
-    (2, 32): Lengths(NEVER, NEVER, NEVER, NEVER),
-    (2, 64): Lengths(NEVER, NEVER, NEVER, NEVER),
+    (1, 32): Lengths(2600, 2700, 1000, 850),
+    (1, 64): Lengths(1800, 1800, 600, 500),
+    (2, 32): Lengths(6500, 7500, 2600, 3300),
+    (2, 64): Lengths(11500, 10500, 5600, 4800),
 }
 # sums of that many bytes a head are never too large to be asked for by name
 SMALL = 2**21
@@ -31,10 +31,11 @@ SMALL = 2**21
 
 def crossover(degree: int, head_dim: int, is_causal: bool, is_training: bool) -> float:
     """Tokens from which on "auto" takes the recurrent form; infinite where nobody measured."""
-    for (measured_degree, largest), lengths in CROSSOVER.items():
-        if degree == measured_degree and head_dim <= largest:
-            return lengths[2 * (not is_causal) + is_training]
-    return NEVER
+    measured = sorted(dim for of_degree, dim in CROSSOVER if of_degree == degree)
+    if not measured or not measured[0] <= head_dim <= measured[-1]:
+        return NEVER
+    larger = next(dim for dim in measured if dim >= head_dim)
+    return CROSSOVER[degree, larger][2 * (not is_causal) + is_training]
 
 
 class Size(NamedTuple):
