@@ -13,6 +13,7 @@ from .config import PolyAttentionConfig
 from .initialization import start_scores
 from .ops import polynomial_attention
 from .patching import Coverage, choose_heads, coverage, patch_model, patched, unpatch_model
+from .recurrent_cache import RecurrentCache
 
 attention.register()
 register_architecture(
@@ -35,6 +36,7 @@ register_architecture(
 __all__ = [
     "Coverage",
     "PolyAttentionConfig",
+    "RecurrentCache",
     "__version__",
     "calibrate",
     "calibrate_gain",

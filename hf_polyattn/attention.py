@@ -4,6 +4,7 @@ Registered apart, they would fail in silence: without the mask function Transfor
 padded or causal model sees what it must not.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .ops.masks import split_mask
+from .recurrent_layer import KeysWithPast
 from .state import softmax_attention
 
 NAME = "polyattn"
@@ -51,6 +53,11 @@ def polyattn_attention(
         OverflowError: when float16 cannot hold the output; names the layer.
     """
     _refuse(module, attention_mask, kwargs)
+    layer = None
+    if isinstance(key, KeysWithPast):
+        layer, key = key.layer, key.plain
+        if attention_mask is not None:
+            attention_mask = layer.new_part(attention_mask, query.shape[2])
     queries, keys = query.shape[2], key.shape[2]
     keep, bias, causal = None, position_bias, False
     if attention_mask is not None:
@@ -69,7 +76,9 @@ def polyattn_attention(
                 "positions of the queries cannot be told. Call the model, not its layers, or pass a 4-D attention mask"
             )
     state = getattr(module, NAME)
-    compute = softmax_attention if state is None else state
+    compute: Any = softmax_attention if state is None else state
+    if layer is not None:
+        compute = functools.partial(layer.attend, state)
     try:
         out, weights = compute(
             query,

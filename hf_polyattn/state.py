@@ -12,6 +12,7 @@ from .activations import check_activation, default_start, frobenius_gain, start_
 from .config import PolyAttentionConfig
 from .ops import NORMALIZED, attend, rms_normalize
 from .ops.masks import build_keep
+from .ops.recurrent import Past, absorb, new_past
 
 
 class PolyAttentionState(nn.Module):
@@ -165,8 +166,12 @@ class PolyAttentionState(nn.Module):
         softcap: float | None = None,
         sliding_window: int | None = None,
         return_weights: bool = False,
+        past: Past | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output [B, H, T, Dv] and, when asked for, the weights [B, H, T, S]."""
+        """Returns the output [B, H, T, Dv] and, when asked for, the weights [B, H, T, S].
+
+        past: keys before these, summed up; takes these in. For modules without softmax heads.
+        """
         masking: dict[str, Any] = {
             "keep": keep,
             "bias": bias,
@@ -175,6 +180,8 @@ class PolyAttentionState(nn.Module):
         }
         masking |= {"scaling": scaling, "dropout": dropout, "softcap": softcap, "return_weights": return_weights}
         polynomial = self._attend if self.observer is None else self.observer
+        if past is not None:
+            return self._attend(query, key, value, past=past, **masking)
         if self.chosen is None:
             return polynomial(query, key, value, **masking)
         parts = []
@@ -219,6 +226,22 @@ class PolyAttentionState(nn.Module):
             **options,
         )
         return out if isinstance(out, tuple) else (out, None)
+
+    @property
+    def has_all_powers(self) -> bool:
+        """Whether the polynomial that the operation sees has all powers of the score, up to the degree."""
+        return not self._plain_power
+
+    @torch.no_grad()
+    def past_of(self, key: torch.Tensor, value: torch.Tensor, key_keep: torch.Tensor | None) -> Past:
+        """What keys [B, Hk, S, D] and values leave behind; key_keep: bool [B or 1, S], None = all."""
+        config = self.config
+        if config.qk_norm:
+            key = rms_normalize(key)
+        polynomial: dict[str, Any] = {"degree": config.degree, "has_coefficients": self.has_all_powers}
+        past = new_past(key, value, normalization=config.normalization, **polynomial)
+        absorb(past, key, value, key_keep=key_keep, **polynomial)
+        return past
 
     def extra_repr(self) -> str:
         config = self.config

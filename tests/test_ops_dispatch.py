@@ -1,16 +1,27 @@
 """Which form computes a call."""
 
+import csv
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_polyattn.config import BACKENDS
-from hf_polyattn.ops import cpu, forms, polynomial_attention
+from hf_polyattn.ops import cpu, crossover, forms, polynomial_attention
+from hf_polyattn.ops.crossover import Lengths
 from hf_polyattn.ops.forms import FORMS, Call, choose_form
+from hf_polyattn.ops.masks import Masking
 
-CALL = Call(device="cpu", dtypes=frozenset([torch.float32]), is_empty=False, is_polynomial=True)
+LONG = 2**20
+CALL = Call(
+    device="cpu",
+    dtypes=frozenset([torch.float32]),
+    is_empty=False,
+    is_polynomial=True,
+    masking=Masking((LONG, LONG), is_causal=True),
+)
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "without compiler"])
@@ -56,11 +67,63 @@ def test_by_name(has_kernel):
             choose_form("cpu", CALL)
     with pytest.raises(ValueError, match="runs on CPUs, not on cuda"):
         choose_form("cpu", with_(device="cuda"))
-    for name in ("cpu", "tiled"):
+    assert choose_form("recurrent", CALL) == "recurrent"
+    for name in ("recurrent", "cpu", "tiled"):
         with pytest.raises(ValueError, match="knows polynomials only"):
             choose_form(name, with_(is_polynomial=False))
-    with pytest.raises(ValueError, match="must be \"auto\" or one of cpu, tiled, naive, got 'fused'"):
+    with pytest.raises(ValueError, match="must be \"auto\" or one of recurrent, cpu, tiled, naive, got 'fused'"):
         choose_form("fused", CALL)
+
+
+@pytest.fixture
+def degree_1_only(monkeypatch):
+    """A crossover of degree 1 that no measurement changes."""
+    monkeypatch.setattr(crossover, "CROSSOVER", {(1, dim): Lengths(1000, 2000, 300, 400) for dim in (32, 64)})
+
+
+def long(length: int, **changes: object) -> Call:
+    masking = Masking((length, length), is_causal=changes.pop("is_causal", True), keep=changes.pop("keep", None))
+    return with_(masking=masking, **{"degree": 1, **changes})
+
+
+@pytest.mark.usefixtures("degree_1_only")
+def test_auto_takes_the_recurrent_form_past_its_crossover_only(has_kernel):
+    other = "cpu" if has_kernel else "tiled"
+    for gradient, is_causal, threshold in (
+        (False, True, 1000),
+        (True, True, 2000),
+        (False, False, 300),
+        (True, False, 400),
+    ):
+        options = {"wants_gradient": gradient, "is_causal": is_causal}
+        assert choose_form("auto", long(threshold, **options)) == "recurrent"
+        assert choose_form("auto", long(threshold - 1, **options)) == other
+    for unlike in (
+        {"degree": 2},
+        {"head_dim": 80},
+        {"head_dim": 16},
+        {"value_dim": 80},
+        {"normalization": "l2"},
+        {"dtypes": frozenset([torch.bfloat16])},
+        {"keep": torch.rand(3000, 3000) > 0.5},
+    ):
+        assert choose_form("auto", long(3000, **unlike)) == other, unlike
+    # new queries against a long cache: the sums would have to be built first
+    assert choose_form("auto", dataclasses.replace(long(1), masking=Masking((1, 5000)))) == other
+    assert choose_form("auto", long(3000, keep=torch.ones(3000, 3000, dtype=torch.bool).tril())) == "recurrent"
+    assert choose_form("auto", long(3000, device="cuda")) == "tiled"
+
+
+def test_the_crossover_is_the_measured_one():
+    """Slower at no measured length from the table's on, and the table holds nothing that was not measured."""
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "recurrent_crossover.csv"
+    slower, faster = {}, {}
+    for row in csv.DictReader(path.read_text().splitlines()):
+        cell = int(row["degree"]), int(row["head_dim"]), row["mask"] == "causal", "backward" in row["pass"]
+        (faster if float(row["speed_ratio"]) > 1 else slower).setdefault(cell, []).append(int(row["length"]))
+    assert {cell[:2] for cell in faster} == set(crossover.CROSSOVER)
+    for cell, lengths in slower.items():
+        assert max(lengths) < crossover.crossover(*cell) <= 1.2 * max(faster[cell]), cell
 
 
 def test_compiled_graphs_build_nothing(monkeypatch):
@@ -69,8 +132,11 @@ def test_compiled_graphs_build_nothing(monkeypatch):
     monkeypatch.setattr(cpu, "_load", lambda: pytest.fail("a build inside a graph"))
     assert choose_form("auto", CALL) == "naive"
     assert choose_form("tiled", CALL) == "naive"
+    assert choose_form("auto", long(LONG)) == "naive"
     with pytest.raises(ValueError, match="not loaded before this graph was compiled"):
         choose_form("cpu", CALL)
+    with pytest.raises(ValueError, match="its loop over chunks would be unrolled"):
+        choose_form("recurrent", CALL)
     monkeypatch.setattr(cpu, "_build", cpu.Build("portable"))
     assert choose_form("auto", CALL) == "cpu"
 

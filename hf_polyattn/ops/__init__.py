@@ -14,10 +14,11 @@ from .checks import check_degree, check_options, check_shapes
 from .cpu import cpu_attention
 from .forms import FORMS as FORMS
 from .forms import Call, choose_form
-from .masks import build_keep
+from .masks import Masking, build_keep
 from .naive import naive_attention
 from .normalization import NORMALIZED as NORMALIZED
 from .precision import compute_dtype, no_autocast, to_dtype
+from .recurrent import Past, recurrent_attention
 from .tiled import tiled_attention
 
 
@@ -67,13 +68,13 @@ def polynomial_attention(
         softcap: s becomes softcap * tanh(s / softcap).
         bias: added to the scores, broadcastable to [B, H, T, S].
         return_weights: also return the weights [B, H, T, S] (O(T S) memory, the naive form).
-        backend: "auto", "cpu" (compiled on first use), "tiled" or "naive".
+        backend: "auto", "recurrent" (cost linear in the length), "cpu" (compiled on first use), "tiled" or "naive".
     Returns:
         [B, H, T, Dv] in the query's dtype, and the weights when asked for.
     Raises:
         ValueError: for shapes or options that do not fit.
         OverflowError: when a float16 output leaves float16's range (outside torch.compile).
-        RuntimeError: when a gradient of the tiled form is differentiated again; backend="naive" can.
+        RuntimeError: when a gradient of any form but "naive" is differentiated again.
     """
     check_shapes(query, key, value, keep, key_lengths, bias)
     heads = query.shape[1]
@@ -129,8 +130,12 @@ def attend(
     bias: torch.Tensor | None = None,
     return_weights: bool = False,
     backend: str = "auto",
+    past: Past | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `polynomial_attention`, for `degree` (monomial), `coefficients` [H, p + 1] or any `phi`; gain, affine [H]."""
+    """As `polynomial_attention`, for `degree` (monomial), `coefficients` [H, p + 1] or any `phi`; gain, affine [H].
+
+    past: keys before these, summed up; takes these in. Always computed by the recurrent form.
+    """
     check_shapes(query, key, value, keep, key_lengths, bias)
     check_options(normalization, dropout, softcap, sliding_window)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -155,8 +160,17 @@ def attend(
         is_polynomial=phi is None,
         extras=tuple(name for name, used in in_use.items() if used),
         return_weights=return_weights,
+        normalization=normalization,
+        degree=degree if coefficients is None else coefficients.shape[1] - 1,
+        has_coefficients=coefficients is not None or affine is not None,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
+        masking=Masking((query.shape[2], key.shape[2]), **masking),
     )
-    form = choose_form(backend, call)
+    if past is not None and return_weights:
+        raise ValueError("keys that are summed up have no weights: output_attentions needs an ordinary cache")
+    form = choose_form(backend if past is None else "recurrent", call)
     weights = None
     with no_autocast(query.device.type):
         if qk_norm:
@@ -179,14 +193,20 @@ def attend(
                 if coefficients is None:
                     coefficients = monomial_coefficients(degree, query)
                 coefficients = compose_affine(coefficients, alpha, beta)
-            options: dict[str, Any] = {"degree": degree, "coefficients": coefficients, **masking}
-            if form == "cpu":
+            options: dict[str, Any] = {"degree": degree, "coefficients": coefficients}
+            if form == "recurrent":
+                options |= {"normalization": normalization, "scaling": scaling, "past": past}
+                by_key = call.masking.by_key
+                assert not isinstance(by_key, str), "refused when the form was chosen"
+                out = recurrent_attention(query, key, value, is_causal=by_key[0], key_keep=by_key[1], **options)
+            elif form == "cpu":
+                options |= masking
                 fused = None if gain is None or gain.requires_grad else gain
                 options |= {"normalization": normalization, "scaling": scaling, "gain": fused}
                 out = cpu_attention(query, key, value, **options)
                 gain = gain if fused is None else None
             else:
-                out = tiled_attention(query, key, value, **options, **extras)
+                out = tiled_attention(query, key, value, **options, **masking, **extras)
             if gain is not None:
                 # wide, for the gradient of a learned gain sums over the whole output
                 out = out.to(compute_dtype(query)) * gain.to(compute_dtype(query)).view(-1, 1, 1)

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from . import cpu
+from .crossover import SMALL, Size, crossover
+from .masks import Masking
+from .monomials import Monomials
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,13 @@ class Call:
     extras: tuple[str, ...] = ()
     """Which of softcap, bias and dropout are in use."""
     return_weights: bool = False
+    normalization: str | float = "sqrt_length"
+    degree: int = 3
+    has_coefficients: bool = False
+    head_dim: int = 64
+    value_dim: int = 64
+    wants_gradient: bool = False
+    masking: Masking = field(default=Masking((1, 1)), repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,55 @@ def _cpu_refusal(call: Call) -> str | None:
     return cpu.build().problem
 
 
+# what is not a sum over keys of something that factors into a query's part and a key's part
+UNSUMMABLE = {"l1": "absolute values do not factor", "l2": "the squares in Z_i have twice the degree"}
+
+
+def _recurrent_refusal(call: Call) -> str | None:
+    if reason := _polynomials_only(call):
+        return reason
+    if call.normalization in UNSUMMABLE:
+        return f'it has no normalization "{call.normalization}": {UNSUMMABLE[call.normalization]}'
+    if call.extras:
+        return f"it has no {', '.join(call.extras)}"
+    if call.is_empty:
+        return "a dimension is 0"
+    if torch.compiler.is_compiling():
+        return "its loop over chunks would be unrolled into the compiled graph"
+    if reason := state_refusal(call):
+        return reason
+    return call.masking.by_key if isinstance(call.masking.by_key, str) else None
+
+
+def state_refusal(call: Call) -> str | None:
+    """Sums that are larger than the keys and values they stand for, unless they are small."""
+    size = state_size(call)
+    keys = call.masking.shape[1]
+    if size.sum_bytes <= SMALL or keys >= size.break_even:
+        return None
+    return (
+        f"degree {call.degree} at head_dim {call.head_dim} means {size}, more than the keys and values of {keys:,} "
+        f"tokens: it breaks even at {size.break_even:,}"
+    )
+
+
+def state_size(call: Call) -> Size:
+    monomials = Monomials.of_polynomial(call.head_dim, call.degree, call.has_coefficients)
+    itemsize = max(dtype.itemsize for dtype in call.dtypes)
+    return Size.of(monomials, call.value_dim + (call.normalization == "sum"), max(4, itemsize), itemsize)
+
+
+def _recurrent_pays(call: Call) -> bool:
+    masking = call.masking
+    # a mask of rows is most likely that of a padded causal batch; it is read only past the longer of the lengths
+    is_causal = masking.is_causal or masking.keep is not None
+    shortest = crossover(call.degree, max(call.head_dim, call.value_dim), is_causal, call.wants_gradient)
+    measured = call.device == "cpu" and call.dtypes == {torch.float32} and call.is_polynomial
+    return measured and min(masking.shape) >= shortest and not torch.compiler.is_compiling()
+
+
 FORMS: dict[str, Form] = {
+    "recurrent": Form(_recurrent_refusal, _recurrent_pays),
     "cpu": Form(_cpu_refusal),
     # compiled graphs take the definition instead: it fuses, and a loop over tiles would be unrolled into the graph
     "tiled": Form(_polynomials_only, lambda call: not torch.compiler.is_compiling()),

@@ -87,7 +87,7 @@ class TiledAttention(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         sweep = Sweep(query, key, coefficients, bias, keep, key_lengths, options)
-        out = _like(query, value.shape[-1], sweep.dtype)
+        out = like_query(query, value.shape[-1], sweep.dtype)
         scale = torch.empty((*query.shape[:3], 1), dtype=sweep.dtype, device=query.device)
         for batches, key_heads, heads in sweep.tiling.spans():
             k, v = sweep.group(key, batches, key_heads), sweep.group(value, batches, key_heads)
@@ -118,7 +118,7 @@ class TiledAttention(torch.autograd.Function):
         with torch.no_grad():
             grads = _backward(grad, ctx.options, ctx.needs_input_grad, *ctx.saved_tensors)
         if torch.is_grad_enabled():
-            grads = tuple(None if g is None else RefuseDerivative.apply(g.requires_grad_()) for g in grads)
+            grads = tuple(None if g is None else RefuseDerivative.apply(g.requires_grad_(), "tiled") for g in grads)
         return (*grads, None, None, None)
 
 
@@ -126,12 +126,13 @@ class RefuseDerivative(torch.autograd.Function):
     """Identity with an explanation in place of a derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, form: str) -> Tensor:
+        ctx.form = form
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(ONCE)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        raise RuntimeError(ONCE.replace("tiled", ctx.form))
 
 
 def _backward(
@@ -203,7 +204,7 @@ def _backward(
     return dq, dk, dv, dc, None if bias is None or dbias is None else dbias.to(bias.dtype)
 
 
-def _like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def like_query(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Empty [B, H, T, width], heads and rows in the memory order of the query's: its consumer wants it that way."""
     batch, heads, queries, _ = query.shape
     if query.stride(1) < query.stride(2):

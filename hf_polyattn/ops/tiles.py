@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .masks import unexpand
+
 CELL = 64
 # (query rows, elements) of a tile at most: on a CPU it must stay in cache, elsewhere it must fill the device
 TILE = {"cpu": (128, 2**18)}
@@ -91,7 +93,7 @@ class TileMasks:
         self.is_causal, self.window = is_causal, sliding_window
         self.key_lengths = None if key_lengths is None else key_lengths.to(device)
         self.lengths = None if key_lengths is None else key_lengths.tolist()
-        self.keep = None if keep is None or 0 in tiling.shape else _unexpand(keep).expand(-1, -1, -1, keys)
+        self.keep = None if keep is None or 0 in tiling.shape else unexpand(keep).expand(-1, -1, -1, keys)
         self.occupancy = None if self.keep is None else self._read(self.keep)
         self.bands: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -179,12 +181,3 @@ class TileMasks:
                 padded = padded.unflatten(-1, (cells, CELL))
                 out.append(padded.amax(-1) if pad == 0 else padded.amin(-1))
         return torch.stack(some, 2).bool().cpu(), torch.stack(every, 2).bool().cpu()
-
-
-def _unexpand(x: torch.Tensor) -> torch.Tensor:
-    """Four dimensions, those of stride 0 back to size 1: an expanded mask is one row, not many."""
-    x = x[(None,) * (4 - x.ndim)]
-    for dim in range(4):
-        if x.stride(dim) == 0 and x.shape[dim] > 1:
-            x = x.narrow(dim, 0, 1)
-    return x
