@@ -14,6 +14,7 @@ from .checks import check_degree, check_options, check_shapes
 from .cpu import cpu_attention
 from .forms import FORMS as FORMS
 from .forms import Call, choose_form
+from .fused import fused_attention
 from .masks import build_keep
 from .naive import naive_attention
 from .normalization import NORMALIZED as NORMALIZED
@@ -67,13 +68,13 @@ def polynomial_attention(
         softcap: s becomes softcap * tanh(s / softcap).
         bias: added to the scores, broadcastable to [B, H, T, S].
         return_weights: also return the weights [B, H, T, S] (O(T S) memory, the naive form).
-        backend: "auto", "cpu" (compiled on first use), "tiled" or "naive".
+        backend: "auto", "cpu" (compiled on first use), "fused" (Triton, on GPUs), "tiled" or "naive".
     Returns:
         [B, H, T, Dv] in the query's dtype, and the weights when asked for.
     Raises:
         ValueError: for shapes or options that do not fit.
         OverflowError: when a float16 output leaves float16's range (outside torch.compile).
-        RuntimeError: when a gradient of the tiled form is differentiated again; backend="naive" can.
+        RuntimeError: when a gradient of any form but the naive one is differentiated again; backend="naive" can.
     """
     check_shapes(query, key, value, keep, key_lengths, bias)
     heads = query.shape[1]
@@ -153,6 +154,8 @@ def attend(
         dtypes=frozenset((query.dtype, key.dtype, value.dtype)),
         is_empty=0 in (*query.shape, *key.shape, *value.shape),
         is_polynomial=phi is None,
+        degree=degree if coefficients is None else coefficients.shape[1] - 1,
+        head_dim=max(query.shape[-1], value.shape[-1]),
         extras=tuple(name for name, used in in_use.items() if used),
         return_weights=return_weights,
     )
@@ -180,11 +183,12 @@ def attend(
                     coefficients = monomial_coefficients(degree, query)
                 coefficients = compose_affine(coefficients, alpha, beta)
             options: dict[str, Any] = {"degree": degree, "coefficients": coefficients, **masking}
-            if form == "cpu":
-                fused = None if gain is None or gain.requires_grad else gain
-                options |= {"normalization": normalization, "scaling": scaling, "gain": fused}
-                out = cpu_attention(query, key, value, **options)
-                gain = gain if fused is None else None
+            if form in ("cpu", "fused"):
+                compute = cpu_attention if form == "cpu" else fused_attention
+                inside = None if gain is None or gain.requires_grad else gain
+                options |= {"normalization": normalization, "scaling": scaling, "gain": inside}
+                out = compute(query, key, value, **options)
+                gain = gain if inside is None else None
             else:
                 out = tiled_attention(query, key, value, **options, **extras)
             if gain is not None:

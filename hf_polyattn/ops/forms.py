@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu
+from . import cpu, fused
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,10 @@ class Call:
     is_empty: bool
     """Some dimension is 0."""
     is_polynomial: bool
+    degree: int = 1
+    """Of the polynomial."""
+    head_dim: int = 1
+    """The larger one of D and Dv."""
     extras: tuple[str, ...] = ()
     """Which of softcap, bias and dropout are in use."""
     return_weights: bool = False
@@ -54,8 +58,26 @@ def _cpu_refusal(call: Call) -> str | None:
     return cpu.build().problem
 
 
+def _fused_refusal(call: Call) -> str | None:
+    if reason := _polynomials_only(call):
+        return reason
+    if len(call.dtypes) > 1 or not call.dtypes <= set(fused.DTYPES):
+        return f"it knows {', '.join(map(str, fused.DTYPES))}, not {', '.join(sorted(map(str, call.dtypes)))}"
+    if call.extras:
+        return f"it has no {', '.join(call.extras)}"
+    if call.is_empty:
+        return "a dimension is 0"
+    if call.degree > fused.MAX_DEGREE:
+        return f"it knows degrees up to {fused.MAX_DEGREE}, not {call.degree}"
+    if call.head_dim > fused.MAX_HEAD_DIM:
+        return f"it knows a head_dim up to {fused.MAX_HEAD_DIM}, not {call.head_dim}"
+    return fused.problem(call.device)
+
+
 FORMS: dict[str, Form] = {
     "cpu": Form(_cpu_refusal),
+    # on a CPU it runs in an interpreter, for tests
+    "fused": Form(_fused_refusal, lambda call: call.device != "cpu"),
     # compiled graphs take the definition instead: it fuses, and a loop over tiles would be unrolled into the graph
     "tiled": Form(_polynomials_only, lambda call: not torch.compiler.is_compiling()),
     "naive": Form(lambda call: None),

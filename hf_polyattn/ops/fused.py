@@ -7,6 +7,7 @@ The backward pass gives the same bits in every run. `HF_POLYATTN_FUSED_BACKWARD=
 instead: two products less a tile, sums in any order; torch.use_deterministic_algorithms overrides it.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 from .cpu import CONSTANT, NORMALIZATIONS
-from .fused_launch import architecture, fp32_precision, interpreted, launch, padded, run, splits
+from .fused_launch import Launch, architecture, fp32_precision, interpreted, launch, padded, run, splits
+from .fused_masks import Masks
 from .normalization import NORMALIZED
 from .tiled import ONCE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 MAX_DEGREE = 16
-MAX_CAPABILITY_WITHOUT = (7, 5)
 OLDEST_TRITON = (3, 7)
 DECODE_ROWS = 16
 """Up to so many queries, the keys are shared out to programs as a cache of a decoding step is."""
@@ -126,10 +127,11 @@ def fused_attention(
     return out
 
 
-def _constants(query: Tensor, value: Tensor, coefficients: Tensor | None, degree: int) -> dict[str, Any]:
-    """What the kernels are compiled for, the normalization and the masks left out."""
+def _constants(query: Tensor, value: Tensor, coefficients: Tensor | None, degree: int, masks: Masks) -> dict[str, Any]:
+    """What the kernels are compiled for, the normalization and the sizes of tiles left out."""
     dim, value_dim = query.shape[-1], value.shape[-1]
     return {
+        **masks.constants,
         "DEGREE": degree,
         "COUNT": 0 if coefficients is None else coefficients.shape[1],
         "D": dim,
@@ -141,58 +143,18 @@ def _constants(query: Tensor, value: Tensor, coefficients: Tensor | None, degree
     }
 
 
-def _launch(query: Tensor, value: Tensor) -> Any:
+def _launch(query: Tensor, value: Tensor) -> Launch:
     width = max(padded(query.shape[-1]), padded(value.shape[-1]))
     return launch(architecture(query.device), width, 16 if query.dtype == torch.bfloat16 else 32)
-
-
-def _mask_arguments(keep: Tensor | None) -> tuple[Tensor | None, list[int]]:
-    """The keep mask as bytes, and its strides with 0 where it is broadcast."""
-    if keep is None:
-        return None, [0, 0, 0, 0]
-    return keep.view(torch.uint8), [0 if size == 1 else step for size, step in zip(keep.shape, keep.stride())]
 
 
 def _of_heads(*tensors: Tensor) -> list[int]:
     return [step for x in tensors for step in x.stride()[:3]]
 
 
-def tile_lists(
-    query: Tensor,
-    key: Tensor,
-    keep: Tensor,
-    key_lengths: Tensor | None,
-    is_causal: bool,
-    sliding_window: int,
-    tile: tuple[int, int],
-    *,
-    by_key: bool = False,
-) -> Tensor:
-    """Which tiles of a keep mask have work: int32 [B or 1, H or 1, blocks, 2 + tiles of a block].
-
-    Each row: how many tiles are full, how many mixed, their indices in that order. by_key: for blocks of keys.
-    """
-    from .fused_kernels import kinds_kernel
-
-    queries, keys = query.shape[2], key.shape[2]
-    rows, columns = -(-queries // tile[0]), -(-keys // tile[1])
-    batches = query.shape[0] if key_lengths is not None else keep.shape[0]
-    kinds = torch.empty(batches, keep.shape[1], rows, columns, dtype=torch.int8, device=query.device)
-    seen, strides = _mask_arguments(keep)
-    constants = {"CAUSAL": is_causal, "WINDOW": sliding_window, "BM": tile[0], "BN": tile[1]}
-    sizes = (keep.shape[1], queries, keys, rows, columns)
-    run(kinds_kernel, kinds.numel(), None, seen, key_lengths, kinds, *strides, *sizes, **constants)
-    if by_key:
-        kinds = kinds.transpose(-1, -2)
-    order = kinds.argsort(dim=-1, descending=True, stable=True)
-    tally = torch.stack([(kinds == kind).sum(-1) for kind in (2, 1)], -1)
-    return torch.cat([tally, order], -1).int()
-
-
-def _list_arguments(lists: Tensor | None) -> list[int]:
-    if lists is None:
-        return [0, 0, 0]
-    return [0 if size == 1 else step for size, step in zip(lists.shape[:3], lists.stride())]
+def _on(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _empty_output(query: Tensor, width: int) -> Tensor:
@@ -221,52 +183,78 @@ def fused_forward(
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the divisors z [B, H, T], fp32. normalization: a code of `cpu.NORMALIZATIONS`."""
-    from .fused_kernels import decode_kernel, forward_kernel, reduce_kernel
-
     batch, heads, queries, _ = query.shape
-    key_heads, keys = key.shape[1:3]
     out = _empty_output(query, value.shape[-1])
     divisors = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    configuration = _launch(query, value)
-    constants = _constants(query, value, coefficients, degree)
-    constants |= {"NORMALIZATION": normalization, "CAUSAL": is_causal, "WINDOW": sliding_window}
-    seen, strides = _mask_arguments(keep)
-    groups = heads // key_heads
-    with torch.device(query.device), _on(query):
-        if queries > DECODE_ROWS:
-            tile = configuration.forward
-            constants |= {"BM": tile.rows, "BN": tile.keys}
-            lists = None
-            if keep is not None:
-                lists = tile_lists(query, key, keep, key_lengths, is_causal, sliding_window, tile[:2])
-            blocks = -(-queries // tile.rows)
-            pointers = (query, key, value, out, divisors, coefficients, gain, key_lengths, seen, lists)
-            steps = [*_of_heads(query, key, value, out), *strides, *_list_arguments(lists)]
-            sizes = (heads, groups, queries, keys, blocks, scaling, constant)
-            run(forward_kernel, blocks * batch * heads, tile, *pointers, *steps, *sizes, **constants)
-            return out, divisors
-
-        tile = configuration.decode
-        rows = min(padded(groups * queries), 4 * tile.rows)
-        row_blocks = -(-groups * queries // rows)
-        programs = row_blocks * batch * key_heads
-        shares, tiles = splits(programs, keys, tile.keys, query.device)
-        parts = torch.empty(shares, batch, heads, queries, value.shape[-1])
-        totals = torch.empty(shares, batch, heads, queries)
-        pointers = (query, key, value, parts, totals, coefficients, key_lengths, seen)
-        steps = [*_of_heads(query, key, value), *strides]
-        sizes = (key_heads, groups, queries, keys, row_blocks, shares, tiles, scaling)
-        run(decode_kernel, programs * shares, tile, *pointers, *steps, *sizes, **constants, BM=rows, BN=tile.keys)
-        every = batch * heads * queries
-        sizes = (heads, queries, shares, every, constant)
-        widths = {name: constants[name] for name in ("NORMALIZATION", "DV", "DVP")}
-        run(reduce_kernel, every, None, parts, totals, out, divisors, gain, *_of_heads(out), *sizes, **widths)
+    masks = Masks(batch, queries, key.shape[2], is_causal, sliding_window, key_lengths, keep)
+    constants = _constants(query, value, coefficients, degree, masks) | {"NORMALIZATION": normalization}
+    attend = _decode if queries <= DECODE_ROWS else _prefill
+    with _on(query):
+        attend(query, key, value, out, divisors, coefficients, gain, masks, scaling, constant, constants)
     return out, divisors
 
 
-def _on(x: Tensor) -> Any:
-    """The device that Triton launches on: the current one, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else torch.autograd.profiler.record_function("fused")
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    divisors: Tensor,
+    coefficients: Tensor | None,
+    gain: Tensor | None,
+    masks: Masks,
+    scaling: float,
+    constant: float,
+    constants: dict[str, Any],
+) -> None:
+    """Fills out and divisors, one program for each block of queries."""
+    from .fused_kernels import forward_kernel
+
+    batch, heads, queries, _ = query.shape
+    tile = _launch(query, value).forward
+    blocks = -(-queries // tile.rows)
+    lists, list_strides = masks.lists(tile)
+    pointers = (query, key, value, out, divisors, coefficients, gain, masks.key_lengths, masks.seen, lists)
+    steps = [*_of_heads(query, key, value, out), *masks.strides, *list_strides]
+    sizes = (heads, heads // key.shape[1], queries, masks.keys, blocks, scaling, constant)
+    shape = {"BM": tile.rows, "BN": tile.keys}
+    run(forward_kernel, blocks * batch * heads, tile, *pointers, *steps, *sizes, **constants, **shape)
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    divisors: Tensor,
+    coefficients: Tensor | None,
+    gain: Tensor | None,
+    masks: Masks,
+    scaling: float,
+    constant: float,
+    constants: dict[str, Any],
+) -> None:
+    """Fills out and divisors, several programs for each key head, which share its keys out."""
+    from .fused_kernels import decode_kernel, reduce_kernel
+
+    batch, heads, queries, _ = query.shape
+    key_heads = key.shape[1]
+    groups = heads // key_heads
+    tile = _launch(query, value).decode
+    rows = min(padded(groups * queries), 4 * tile.rows)
+    row_blocks = -(-groups * queries // rows)
+    programs = row_blocks * batch * key_heads
+    shares, tiles = splits(programs, masks.keys, tile.keys, query.device)
+    parts = query.new_empty(shares, batch, heads, queries, value.shape[-1], dtype=torch.float32)
+    totals = query.new_empty(shares, batch, heads, queries, dtype=torch.float32)
+    pointers = (query, key, value, parts, totals, coefficients, masks.key_lengths, masks.seen)
+    steps = [*_of_heads(query, key, value), *masks.strides]
+    sizes = (key_heads, groups, queries, masks.keys, row_blocks, shares, tiles, scaling)
+    run(decode_kernel, programs * shares, tile, *pointers, *steps, *sizes, **constants, BM=rows, BN=tile.keys)
+    every = batch * heads * queries
+    reduced = {name: constants[name] for name in ("NORMALIZATION", "DV", "DVP")}
+    steps = [*_of_heads(out), heads, queries, shares, every]
+    run(reduce_kernel, every, None, parts, totals, out, divisors, gain, *steps, constant, **reduced)
 
 
 @torch.library.custom_op("hf_polyattn::fused_backward", mutates_args=())
@@ -295,10 +283,9 @@ def fused_backward(
     batch, heads, queries, _ = query.shape
     key_heads, keys = key.shape[1:3]
     configuration = _launch(query, value)
-    constants = _constants(query, value, coefficients, degree)
-    constants |= {"NORMALIZATION": normalization, "CAUSAL": is_causal, "WINDOW": sliding_window}
-    constants["CP"] = 1 << (constants["COUNT"] - 1).bit_length() if constants["COUNT"] else 1
-    seen, strides = _mask_arguments(keep)
+    masks = Masks(batch, queries, keys, is_causal, sliding_window, key_lengths, keep)
+    constants = _constants(query, value, coefficients, degree, masks) | {"NORMALIZATION": normalization}
+    constants["CP"] = 1 << max(constants["COUNT"] - 1, 0).bit_length()
     factors = divisors.reciprocal()
     if gain is not None:
         factors = factors * gain.view(-1, 1)
@@ -306,45 +293,37 @@ def fused_backward(
     if normalization in [NORMALIZATIONS[name] for name in NORMALIZED]:
         delta = (grad.float() * out.float()).sum(-1)
         pulls = delta / (divisors.square() if normalization == NORMALIZATIONS["l2"] else divisors)
-    dk, dv = torch.empty_like(key), torch.empty_like(value)
     atomic = adds_by_atomics()
+    dk, dv = torch.empty_like(key), torch.empty_like(value)
     dq = torch.zeros_like(query, dtype=torch.float32) if atomic else torch.empty_like(query)
-    dc = query.new_empty(0, dtype=torch.float32)
-
-    def shares(blocks: int) -> Tensor | None:
-        """Where the programs leave their parts of dc; summed in fixed order below."""
-        if not wants_coefficients:
-            return None
-        return query.new_empty(batch, heads, blocks, constants["COUNT"], dtype=torch.float32)
-
-    def lists_for(tile: Any, by_key: bool) -> Tensor | None:
-        if keep is None:
-            return None
-        return tile_lists(query, key, keep, key_lengths, is_causal, sliding_window, tile[:2], by_key=by_key)
+    key_tile, query_tile = configuration.key_gradients, configuration.query_gradients
+    key_blocks, query_blocks = -(-keys // key_tile.keys), -(-queries // query_tile.rows)
+    dc = None
+    if wants_coefficients:
+        # what each program leaves; summed in fixed order below
+        blocks = key_blocks if atomic else query_blocks
+        dc = query.new_empty(batch, heads, blocks, constants["COUNT"], dtype=torch.float32)
 
     inputs = (query, key, value, grad)
+    shared = (factors, pulls, coefficients, key_lengths, masks.seen)
     with _on(query):
-        tile = configuration.key_gradients
-        blocks = -(-keys // tile.keys)
-        parts, lists = shares(blocks) if atomic else None, lists_for(tile, True)
-        pointers = (*inputs, dq if atomic else None, dk, dv, parts, factors, pulls, coefficients, key_lengths, seen)
-        steps = [*_of_heads(*inputs, dq, dk, dv), *strides, *_list_arguments(lists)]
-        sizes = (heads, key_heads, heads // key_heads, queries, keys, blocks, scaling)
-        shape = {"BM": tile.rows, "BN": tile.keys}
-        programs = blocks * batch * key_heads
-        run(key_gradients_kernel, programs, tile, *pointers, lists, *steps, *sizes, **constants, **shape)
+        lists, list_strides = masks.lists(key_tile, by_key=True)
+        pointers = (*inputs, dq if atomic else None, dk, dv, dc if atomic else None, *shared, lists)
+        steps = [*_of_heads(*inputs, dq, dk, dv), *masks.strides, *list_strides]
+        sizes = (heads, key_heads, heads // key_heads, queries, keys, key_blocks, scaling)
+        shape = {"BM": key_tile.rows, "BN": key_tile.keys}
+        programs = key_blocks * batch * key_heads
+        run(key_gradients_kernel, programs, key_tile, *pointers, *steps, *sizes, **constants, **shape)
         if not atomic:
-            tile = configuration.query_gradients
-            blocks = -(-queries // tile.rows)
-            parts, lists = shares(blocks), lists_for(tile, False)
-            pointers = (*inputs, dq, parts, factors, pulls, coefficients, key_lengths, seen)
-            steps = [*_of_heads(*inputs, dq), *strides, *_list_arguments(lists)]
-            sizes = (heads, heads // key_heads, queries, keys, blocks, scaling)
-            shape = {"BM": tile.rows, "BN": tile.keys}
-            programs = blocks * batch * heads
-            run(query_gradients_kernel, programs, tile, *pointers, lists, *steps, *sizes, **constants, **shape)
-    if parts is not None:
-        dc = parts.sum((0, 2))
+            lists, list_strides = masks.lists(query_tile)
+            steps = [*_of_heads(*inputs, dq), *masks.strides, *list_strides]
+            sizes = (heads, heads // key_heads, queries, keys, query_blocks, scaling)
+            shape = {"BM": query_tile.rows, "BN": query_tile.keys}
+            programs = query_blocks * batch * heads
+            pointers = (*inputs, dq, dc, *shared, lists)
+            run(query_gradients_kernel, programs, query_tile, *pointers, *steps, *sizes, **constants, **shape)
+    # operators may not return None
+    dc = query.new_empty(0, dtype=torch.float32) if dc is None else dc.sum((0, 2))
     return dq.to(query.dtype), dk, dv, dc
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels of the backward pass; the mathematics is in the head of `tiled.py`.
 
-With r_i = gain / z_i (FACTORS), pull_i = delta_i / z_i, or delta_i / z_i^2 for "l2" (PULLS), and weights computed again:
+With r_i = gain / z_i (FACTORS), pull_i = delta_i / z_i, or delta_i / z_i^2 for "l2" (PULLS), and weights computed
+again:
 
     dV_j = sum_i r_i w_ij dO_i,   dw_ij = r_i dO_i . v_j - pull_i dz/dw,   ds_ij = keep_ij phi'(s_ij) dw_ij
     dQ_i = scaling sum_j ds_ij k_j,   dK_j = scaling sum_i ds_ij q_i,   dc_k = sum_ij keep_ij s_ij^k dw_ij
@@ -21,8 +22,9 @@ from .fused_tiles import (
     listed_tiles,
     load_coefficients,
     load_rows,
-    phi_and_slope,
+    phi,
     row_tiles,
+    slope,
     store_rows,
     tile_at,
     weight_gradient,
@@ -52,7 +54,7 @@ def sweep_rows(
         if PULLS is not None:
             pull = tl.load(PULLS + rows, mask=rows < T, other=0.0)[None, :]
         s = scaling * dot(k, tl.trans(q), None, PRECISION)
-        w, slope = phi_and_slope(s, c, DEGREE, COUNT)
+        w = phi(s, c, DEGREE, COUNT)
         a = w * factor
         if MASKED:
             mask = kept(rows[None, :], keys[:, None], T, end, offset, KEEP, keep_row, keep_key, CAUSAL, WINDOW)
@@ -66,7 +68,7 @@ def sweep_rows(
             dw = tl.where(mask, dw, 0.0)
         if SUMMED:
             sums = add_powers(sums, s, dw, COUNT, CP)
-        ds = (slope * dw).to(q.dtype)
+        ds = (slope(s, c, DEGREE, COUNT) * dw).to(q.dtype)
         dk = dot(ds, q, dk, PRECISION)
         if ATOMIC:
             dq = dot(tl.trans(ds), k.to(q.dtype), None, PRECISION) * dq_scale
@@ -177,7 +179,7 @@ def sweep_keys_again(
         k = load_rows(K + tl.cast(start, tl.int64) * k_row, local, k_row, left, D, DP, MASKED)
         v = load_rows(V + tl.cast(start, tl.int64) * v_row, local, v_row, left, DV, DVP, MASKED)
         s = scaling * dot(q, tl.trans(k), None, PRECISION)
-        w, slope = phi_and_slope(s, c, DEGREE, COUNT)
+        w = phi(s, c, DEGREE, COUNT)
         if WIDE:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -190,7 +192,7 @@ def sweep_keys_again(
             dw = tl.where(mask, dw, 0.0)
         if SUMMED:
             sums = add_powers(sums, s, dw, COUNT, CP)
-        dq = dot((slope * dw).to(k.dtype), k, dq, PRECISION)
+        dq = dot((slope(s, c, DEGREE, COUNT) * dw).to(k.dtype), k, dq, PRECISION)
     return dq, sums
 
 

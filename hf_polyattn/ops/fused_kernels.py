@@ -15,7 +15,6 @@ from .fused_tiles import (
     L1,
     L2,
     LENGTH,
-    SQRT_LENGTH,
     SUM,
     divisor,
     dot,
@@ -40,7 +39,7 @@ def add_statistic(total, w, mask, NORMALIZATION: tl.constexpr, COUNTED: tl.const
         total += tl.sum(tl.abs(w), 1)
     elif NORMALIZATION == L2:
         total += tl.sum(w * w, 1)
-    elif COUNTED and (NORMALIZATION == LENGTH or NORMALIZATION == SQRT_LENGTH):
+    elif COUNTED and NORMALIZATION <= LENGTH:
         total += tl.sum(mask.to(tl.float32), 1)
     return total
 
@@ -124,9 +123,8 @@ def forward_kernel(
         last - first - full, first, full_first, full_last,
         True, DEGREE, COUNT, NORMALIZATION, CAUSAL, WINDOW, D, DV, DP, DVP, BM, BN, PRECISION, WIDE,
     )  # fmt: skip
-    if KEEP is None:
-        if NORMALIZATION == LENGTH or NORMALIZATION == SQRT_LENGTH:
-            total = row_lengths(rows, end, offset, CAUSAL, WINDOW)
+    if KEEP is None and NORMALIZATION <= LENGTH:
+        total = row_lengths(rows, end, offset, CAUSAL, WINDOW)
     z = divisor(total, constant, NORMALIZATION)
     factor = 1.0 / z
     if GAIN is not None:
@@ -247,5 +245,6 @@ def kinds_kernel(
     rows = (row_block * BM + tl.arange(0, BM))[:, None]
     keys = (key_block * BN + tl.arange(0, BN))[None, :]
     KEEP += batch * keep_batch + head * keep_head
-    count = tl.sum(tl.sum(kept(rows, keys, T, end, S - T, KEEP, keep_row, keep_key, CAUSAL, WINDOW).to(tl.int32), 1), 0)
+    mask = kept(rows, keys, T, end, S - T, KEEP, keep_row, keep_key, CAUSAL, WINDOW)
+    count = tl.sum(tl.sum(mask.to(tl.int32), 1), 0)
     tl.store(KINDS + tile, ((count > 0).to(tl.int32) + (count == BM * BN).to(tl.int32)).to(tl.int8))

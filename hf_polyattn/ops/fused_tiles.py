@@ -2,7 +2,7 @@
 
 A tile is a block of query rows against a block of keys. Three kinds: empty (skipped), mixed (masked element by
 element) and full (no mask is looked at). Without a keep mask the kinds follow from the indices alone; with one, the
-host hands over a list of tiles for each block, the full ones first (`fused.tile_lists`).
+host hands over a list of tiles for each block, the full ones first (`fused_masks`).
 """
 
 import os
@@ -12,7 +12,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# codes of the normalizations, those of `cpu.NORMALIZATIONS` and `cpu.CONSTANT`
+# codes of the normalizations, those of `cpu.NORMALIZATIONS` and `cpu.CONSTANT`; up to LENGTH they count keys
 SQRT_LENGTH = tl.constexpr(0)
 LENGTH = tl.constexpr(1)
 SUM = tl.constexpr(2)
@@ -90,18 +90,20 @@ def phi(s, c, DEGREE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def phi_and_slope(s, c, DEGREE: tl.constexpr, COUNT: tl.constexpr):
-    """phi(s) and phi'(s), the latter of a monomial over its degree: that factor rides on the sums."""
+def slope(s, c, DEGREE: tl.constexpr, COUNT: tl.constexpr):
+    """phi'(s), that of a monomial over its degree: that factor rides on the sums.
+
+    Apart from `phi`, although they share terms: both at once need more registers than there are.
+    """
     if COUNT == 0:
-        slope = power(s, DEGREE - 1)
-        return s * slope, slope
+        return power(s, DEGREE - 1)
+    elif COUNT == 1:
+        return tl.zeros_like(s)
     else:
-        w = tl.zeros_like(s) + c[COUNT - 1]
-        slope = tl.zeros_like(s)
-        for k in tl.static_range(1, COUNT):
-            slope = slope * s + w
-            w = w * s + c[COUNT - 1 - k]
-        return w, slope
+        out = tl.zeros_like(s) + (COUNT - 1) * c[COUNT - 1]
+        for k in tl.static_range(2, COUNT):
+            out = out * s + (COUNT - k) * c[COUNT - k]
+        return out
 
 
 @triton.jit
@@ -166,7 +168,7 @@ def divisor(total, constant, NORMALIZATION: tl.constexpr):
         return tl.maximum(total, 1.0)
     elif NORMALIZATION == L2:
         return tl.sqrt(total + EPS)
-    elif NORMALIZATION == SUM or NORMALIZATION == L1:
+    elif NORMALIZATION < L2:
         return total + EPS
     else:
         return total * 0.0 + constant
