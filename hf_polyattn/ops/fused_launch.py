@@ -64,6 +64,8 @@ def architecture(device: torch.device) -> int:
     """10 * major + minor of the compute capability; 0 on a CPU, where only the interpreter runs."""
     if device.type == "cpu":
         return 0
+    if torch.version.hip:
+        return 80  # not tried; the tiles with the least shared memory
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
