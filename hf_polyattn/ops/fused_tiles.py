@@ -74,7 +74,7 @@ def load_coefficients(C, head, COUNT: tl.constexpr):
     """(c_0, ..., c_p) of a head, or of a head for each row; () for a monomial."""
     c = ()
     for k in tl.static_range(COUNT):
-        c = c + (tl.load(C + head * COUNT + k),)  # noqa: RUF005  Triton unpacks no star
+        c = c + (tl.load(C + head * COUNT + k),)  # type: ignore[assignment]  # noqa: RUF005  Triton unpacks no star
     return c
 
 
