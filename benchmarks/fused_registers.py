@@ -49,7 +49,8 @@ class NamedGPU(DriverBase):
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device, and would take it for the next architecture too
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
