@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 NORMALIZATIONS = ("sqrt_length", "length", "sum", "l1", "l2", "none")
 COEFFICIENTS = ("learnable", "monomial")
-BACKENDS = ("auto", "recurrent", "cpu", "tiled", "naive")
+BACKENDS = ("auto", "recurrent", "cpu", "fused", "tiled", "naive")
 MAX_DEGREE = 16
 
 
@@ -47,8 +47,8 @@ class PolyAttentionConfig:
     heads: Mapping[int, tuple[int, ...]] | None = None
     """Heads to patch by layer index; the other heads of such a layer stay softmax. Layers not named: all heads."""
     backend: str = "auto"
-    """Form of the operation: "auto", "recurrent", "cpu", "tiled" or "naive". With output_attentions, and for "tiled"
-    in a compiled graph, it is "naive" all the same: see `ops.forms`."""
+    """Form of the operation: "auto", "recurrent", "cpu", "fused", "tiled" or "naive". With output_attentions, and for
+    "tiled" in a compiled graph, it is "naive" all the same: see `ops.forms`."""
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen, so set through object

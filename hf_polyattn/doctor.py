@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from ._version import __version__
-from .ops import cpu
+from .ops import cpu, fused
 
 
 def report() -> str:
@@ -14,8 +14,10 @@ def report() -> str:
     build = cpu.build()
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    fused_problem = fused.problem("cuda")
     rows = [
         ("cpu", "no" if build.problem else "yes", build.problem or f"compiled for {build.instruction_set}"),
+        ("fused", "no" if fused_problem else "yes", fused_problem or "Triton kernels for this GPU"),
         ("tiled", "yes", "plain torch in linear memory, on any device"),
         ("naive", "yes", "the definition; what output_attentions and activations other than polynomials take"),
     ]

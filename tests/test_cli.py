@@ -170,6 +170,7 @@ def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_build", cpu.Build("avx2", problem))
     code, said, _ = run(capsys, "doctor")
     assert code == 0
+    assert "fused  " in said
     expected = f"cpu    no   {problem}" if problem else "cpu    yes  compiled for avx2"
     assert expected in said
     assert f"torch {torch.__version__}" in said

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_polyattn.config import BACKENDS
-from hf_polyattn.ops import cpu, crossover, forms, polynomial_attention
+from hf_polyattn.ops import cpu, crossover, forms, fused, polynomial_attention
 from hf_polyattn.ops.crossover import Lengths
 from hf_polyattn.ops.forms import FORMS, Call, choose_form
 from hf_polyattn.ops.masks import Masking
@@ -30,6 +30,12 @@ def has_kernel(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=[None, "no GPU"], ids=["with GPU", "without GPU"])
+def gpu_problem(request, monkeypatch):
+    monkeypatch.setattr(fused, "problem", lambda device: request.param if device == "cuda" else "not a GPU")
+    return request.param
+
+
 def with_(**changes: object) -> Call:
     return dataclasses.replace(CALL, **changes)
 
@@ -38,18 +44,21 @@ def test_names_are_those_of_the_configuration():
     assert ("auto", *FORMS) == BACKENDS
 
 
-def test_auto(has_kernel):
+def test_auto(has_kernel, gpu_problem):
     fastest = "cpu" if has_kernel else "tiled"
     assert choose_form("auto", CALL) == fastest
     assert choose_form("auto", with_(dtypes=frozenset([torch.bfloat16]))) == fastest
     for other in (
         with_(is_empty=True),
         with_(extras=("dropout",)),
-        with_(device="cuda"),
+        with_(device="mps"),
         with_(dtypes=frozenset([torch.float64])),
         with_(dtypes=frozenset([torch.float32, torch.bfloat16])),
     ):
         assert choose_form("auto", other) == "tiled"
+    on_gpu = "tiled" if gpu_problem else "fused"
+    assert choose_form("auto", with_(device="cuda")) == on_gpu
+    assert choose_form("auto", with_(device="cuda", dtypes=frozenset([torch.float16]))) == on_gpu
     assert choose_form("auto", with_(is_polynomial=False)) == "naive"
     assert choose_form("auto", with_(return_weights=True)) == "naive"
 
@@ -68,11 +77,32 @@ def test_by_name(has_kernel):
     with pytest.raises(ValueError, match="runs on CPUs, not on cuda"):
         choose_form("cpu", with_(device="cuda"))
     assert choose_form("recurrent", CALL) == "recurrent"
-    for name in ("recurrent", "cpu", "tiled"):
+    for name in ("recurrent", "cpu", "fused", "tiled"):
         with pytest.raises(ValueError, match="knows polynomials only"):
             choose_form(name, with_(is_polynomial=False))
-    with pytest.raises(ValueError, match="must be \"auto\" or one of recurrent, cpu, tiled, naive, got 'fused'"):
-        choose_form("fused", CALL)
+    with pytest.raises(
+        ValueError, match="must be \"auto\" or one of recurrent, cpu, fused, tiled, naive, got 'linear'"
+    ):
+        choose_form("linear", CALL)
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("no dropout, bias", {"extras": ("dropout", "bias")}),
+        ("a dimension is 0", {"is_empty": True}),
+        ("degrees up to 16, not 17", {"degree": 17}),
+        ("head_dim up to 256, not 257", {"head_dim": 257}),
+        ("not torch.float64", {"dtypes": frozenset([torch.float64])}),
+        ("not torch.bfloat16, torch.float32", {"dtypes": frozenset([torch.float32, torch.bfloat16])}),
+    ],
+)
+def test_what_the_fused_form_cannot_do_is_refused_by_name_and_left_to_others_by_auto(reason, changes, monkeypatch):
+    monkeypatch.setattr(fused, "problem", lambda device: None)
+    call = with_(device="cuda", **changes)
+    with pytest.raises(ValueError, match=f'backend="fused" cannot compute this call: .*{reason}'):
+        choose_form("fused", call)
+    assert choose_form("auto", call) == "tiled"
 
 
 @pytest.fixture

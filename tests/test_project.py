@@ -49,9 +49,10 @@ import json, sys, time
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, CONFIG_MAPPING, PreTrainedModel
 import transformers.masking_utils, transformers.initialization
+before = set(sys.modules)  # Transformers imports Triton itself, through torch's compiler
 start = time.process_time()
 import hf_polyattn
-print(json.dumps({"cpu_seconds": time.process_time() - start, "modules": sorted(sys.modules)}))
+print(json.dumps({"cpu_seconds": time.process_time() - start, "modules": sorted(set(sys.modules) - before)}))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     report = json.loads(result.stdout)
@@ -72,6 +73,8 @@ def test_every_package_that_is_imported_is_a_dependency():
     names -= {path.stem for path in files} | {PACKAGE.name}
     owners = importlib.metadata.packages_distributions()
     required = dependencies()
+    # torch's own wheels for GPUs bring it; it is imported where there is one
+    names -= {"triton"}
     missing = {name for name in names if not {normal(owner) for owner in owners.get(name, [name])} & required}
     assert not missing
 
@@ -163,7 +166,8 @@ def test_every_direct_dependency_is_pinned():
 
 
 def test_pins_name_no_package_of_a_device():
-    assert not [name for name in pins() if name.startswith(("nvidia", "cuda", "triton"))]
+    # torch brings those that fit it; Triton is named for machines without a GPU, where it interprets
+    assert not [name for name in pins() if name.startswith(("nvidia", "cuda"))]
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "Makefile", ".ci/run"])

@@ -14,6 +14,7 @@ from .checks import check_degree, check_options, check_shapes
 from .cpu import cpu_attention
 from .forms import FORMS as FORMS
 from .forms import Call, choose_form
+from .fused import fused_attention
 from .masks import Masking, build_keep
 from .naive import naive_attention
 from .normalization import NORMALIZED as NORMALIZED
@@ -68,7 +69,8 @@ def polynomial_attention(
         softcap: s becomes softcap * tanh(s / softcap).
         bias: added to the scores, broadcastable to [B, H, T, S].
         return_weights: also return the weights [B, H, T, S] (O(T S) memory, the naive form).
-        backend: "auto", "recurrent" (cost linear in the length), "cpu" (compiled on first use), "tiled" or "naive".
+        backend: "auto", "recurrent" (cost linear in the length), "cpu" (compiled on first use), "fused" (Triton, on
+            GPUs), "tiled" or "naive".
     Returns:
         [B, H, T, Dv] in the query's dtype, and the weights when asked for.
     Raises:
@@ -199,12 +201,12 @@ def attend(
                 by_key = call.masking.by_key
                 assert not isinstance(by_key, str), "refused when the form was chosen"
                 out = recurrent_attention(query, key, value, is_causal=by_key[0], key_keep=by_key[1], **options)
-            elif form == "cpu":
-                options |= masking
-                fused = None if gain is None or gain.requires_grad else gain
-                options |= {"normalization": normalization, "scaling": scaling, "gain": fused}
-                out = cpu_attention(query, key, value, **options)
-                gain = gain if fused is None else None
+            elif form in ("cpu", "fused"):
+                compute = cpu_attention if form == "cpu" else fused_attention
+                inside = None if gain is None or gain.requires_grad else gain
+                options |= {**masking, "normalization": normalization, "scaling": scaling, "gain": inside}
+                out = compute(query, key, value, **options)
+                gain = gain if inside is None else None
             else:
                 out = tiled_attention(query, key, value, **options, **masking, **extras)
             if gain is not None:

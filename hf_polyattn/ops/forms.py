@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cpu
+from . import cpu, fused
 from .crossover import SMALL, Size, crossover
 from .masks import Masking
 from .monomials import Monomials
@@ -64,6 +64,22 @@ def _cpu_refusal(call: Call) -> str | None:
     return cpu.build().problem
 
 
+def _fused_refusal(call: Call) -> str | None:
+    if reason := _polynomials_only(call):
+        return reason
+    if len(call.dtypes) > 1 or not call.dtypes <= set(fused.DTYPES):
+        return f"it knows {', '.join(map(str, fused.DTYPES))}, not {', '.join(sorted(map(str, call.dtypes)))}"
+    if call.extras:
+        return f"it has no {', '.join(call.extras)}"
+    if call.is_empty:
+        return "a dimension is 0"
+    if call.degree > fused.MAX_DEGREE:
+        return f"it knows degrees up to {fused.MAX_DEGREE}, not {call.degree}"
+    if (head_dim := max(call.head_dim, call.value_dim)) > fused.MAX_HEAD_DIM:
+        return f"it knows a head_dim up to {fused.MAX_HEAD_DIM}, not {head_dim}"
+    return fused.problem(call.device)
+
+
 # what is not a sum over keys of something that factors into a query's part and a key's part
 UNSUMMABLE = {"l1": "absolute values do not factor", "l2": "the squares in Z_i have twice the degree"}
 
@@ -114,6 +130,8 @@ def _recurrent_pays(call: Call) -> bool:
 FORMS: dict[str, Form] = {
     "recurrent": Form(_recurrent_refusal, _recurrent_pays),
     "cpu": Form(_cpu_refusal),
+    # on a CPU it runs in an interpreter, for tests
+    "fused": Form(_fused_refusal, lambda call: call.device != "cpu"),
     # compiled graphs take the definition instead: it fuses, and a loop over tiles would be unrolled into the graph
     "tiled": Form(_polynomials_only, lambda call: not torch.compiler.is_compiling()),
     "naive": Form(lambda call: None),
