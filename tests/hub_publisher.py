@@ -60,12 +60,12 @@ def publish(folder: Path) -> dict:
     (folder / "first" / "optimizer.bin").write_bytes(b"0" * 100)
     (folder / "first" / ".env").write_text(f"HF_TOKEN={os.environ['HF_TOKEN']}")
 
+    control(cut_uploads=2)
     report["push"] = run("push", first, "--to", "user/first", "--json")
     report["files"] = sorted(HfApi().list_repo_files("user/first"))
     report["push_again"] = run("push", first, "--to", "user/first", "--json")
     report["commits_of_two_pushes"] = control()["user/first"]
 
-    control(cut_uploads=2)
     report["private"] = run("push", first, "--to", "user/private", "--private", "--message", "Say why")
     report["private_over_public"] = run("push", first, "--to", "user/first", "--private")
 
@@ -82,6 +82,8 @@ def publish(folder: Path) -> dict:
     report["refs"] = [b.name for b in HfApi().list_repo_refs("user/second").branches]
 
     model = AutoModelForCausalLM.from_pretrained(first)
+    model.push_to_hub("user/pushed")
+    report["files_of_push_to_hub"] = sorted(HfApi().list_repo_files("user/pushed"))
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
     arguments = TrainingArguments(
         str(folder / "trainer"),
@@ -95,8 +97,6 @@ def publish(folder: Path) -> dict:
     trainer.train()
     trainer.push_to_hub()
     report["files_of_trainer"] = sorted(HfApi().list_repo_files("user/trained"))
-    model.push_to_hub("user/pushed")
-    report["files_of_push_to_hub"] = sorted(HfApi().list_repo_files("user/pushed"))
     del os.environ["HF_TOKEN"]
     report["without_token"] = failure(lambda: push(first, "user/first"))
     return report

@@ -50,4 +50,5 @@ def read() -> dict:
     return report
 
 
-print(json.dumps(read()))
+# the question whether to run remote code ends without a new line
+print("\n" + json.dumps(read()))

@@ -173,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}"
         is_new = name not in self.hub.repositories
         if is_new:
-            self.hub.repositories[name] = Repository(private=bool(wanted.get("private")))
+            self.hub.repositories[name] = Repository(
+                private=bool(wanted.get("private")) or wanted.get("visibility") == "private"
+            )
         error = {} if is_new else {"error": "You already created this model repo"}
         return self.send(200 if is_new else 409, {"url": f"{self.hub.url}/{name}", "name": name, "id": name, **error})
 

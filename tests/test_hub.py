@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from card_results import RESULTS, TWIN
-from minihub import MiniHub, Repository
+from minihub import MiniHub, Repository, sha256
 from models import patched_tiny, token_ids
 from safetensors.torch import load_file, save_file
 
@@ -135,12 +135,16 @@ def test_broken_connections_leave_no_half_model_and_can_be_repeated(world):
 
 
 def test_two_cut_connections_are_made_up_for(world):
-    assert world.said["private"][0] == 0
-    assert world.server.repositories["user/private"].branches["main"][1][1] == "Say why"
+    assert world.said["push"][0] == 0
+    first = world.server.repositories["user/first"].branches["main"][1][2]["model.safetensors"][0]
+    assert world.server.log.count(f"PUT /lfs/{sha256(first)}") == 3
 
 
 def test_private_stays_private(world):
-    assert world.server.repositories["user/private"].private
+    repository = world.server.repositories["user/private"]
+    assert world.said["private"][0] == 0
+    assert repository.private
+    assert repository.branches["main"][1][1] == "Say why"
     status, said = world.said["private_over_public"]
     assert status == 1
     assert "is there already and public" in said
