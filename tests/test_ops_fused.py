@@ -47,7 +47,7 @@ PARTS = {"fp32": ["test_fp32"], "others": [name for name in CHECK_NAMES if name 
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part):
     """In a process of its own: Triton decides on import whether it interprets."""
-    words = ["-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    words = ["-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
     # without numpy's threads for products of small tiles
     said = in_process(
         *words, *(f"{CHECKS}::{name}" for name in PARTS[part]), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"

@@ -29,8 +29,8 @@ class Launch(NamedTuple):
 
 
 # (architecture, widest padded head_dim, bits of the dtype). Chosen from what the compiler reports, not timed yet on
-# any GPU. In bf16 and fp16 no causal call with normalization "length" spills registers ("l2" and keep masks: up to 56
-# bytes in the kernel of dK and dV); fp32, as three tf32 products, spills hundreds of bytes beyond a head_dim of 64.
+# any GPU. In bf16 no causal call with normalization "length" spills registers; fp16, "l2" and keep masks spill up to
+# 56 bytes in the kernel of dK and dV; fp32, as three tf32 products, hundreds of bytes beyond a head_dim of 64.
 TABLE = {
     (90, 64, 16): Launch(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
     (90, 128, 16): Launch(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 4, 3)),
