@@ -52,7 +52,8 @@ def test_in_the_interpreter(part):
     said = in_process(
         *words, *(f"{CHECKS}::{name}" for name in PARTS[part]), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"
     )
-    assert " passed" in said
+    # it ends with 5, and not 0, where it finds nothing to test
+    assert "[100%]" in said
     assert "skipped" not in said
 
 
