@@ -230,7 +230,7 @@ class PolyAttentionState(nn.Module):
     @property
     def has_all_powers(self) -> bool:
         """Whether the polynomial that the operation sees has all powers of the score, up to the degree."""
-        return not self._plain_power
+        return not self.is_plain_power
 
     @torch.no_grad()
     def past_of(self, key: torch.Tensor, value: torch.Tensor, key_keep: torch.Tensor | None) -> Past:

@@ -197,7 +197,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)][::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.35 * len(names) + 1.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 0.3 * len(names) + 1.2), layout="constrained")
     for height, name in enumerate(names):
         values = [float(row["validation_loss"]) for row in rows if row["variant"] == name]
         color = "tab:gray" if name.startswith("softmax") else "tab:blue"
@@ -208,8 +208,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axes.axvline(statistics.mean(softmax), color="tab:gray", linestyle="--", linewidth=1, label="mean of softmax")
         axes.legend(loc="lower right", frameon=False)
     axes.set_yticks(range(len(names)), [VARIANTS[name][0] for name in names])
-    axes.set_xlabel("validation loss (nats per character); dots: seeds, bar: mean")
-    axes.set_title("Tiny Shakespeare, GPT-2 of 0.8M parameters, 2000 steps", fontsize=10)
+    axes.set_xlabel("validation loss (nats per character); dots: seeds, bar: mean", fontsize=9)
+    figure.suptitle("Tiny Shakespeare, GPT-2 of 0.8M parameters, 2000 steps", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -35,7 +35,9 @@ def start(script: str, environment: dict[str, str], *words: object) -> SimpleNam
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return SimpleNamespace(report=json.loads("{" + done.stdout.splitlines()[-1].partition("{")[2]), text=done.stdout + done.stderr)
+    return SimpleNamespace(
+        report=json.loads("{" + done.stdout.splitlines()[-1].partition("{")[2]), text=done.stdout + done.stderr
+    )
 
 
 @pytest.fixture(scope="module")

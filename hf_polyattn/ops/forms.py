@@ -122,7 +122,8 @@ def _recurrent_pays(call: Call) -> bool:
     masking = call.masking
     # a mask of rows is most likely that of a padded causal batch; it is read only past the longer of the lengths
     is_causal = masking.is_causal or masking.keep is not None
-    shortest = crossover(call.degree, max(call.head_dim, call.value_dim), is_causal, call.wants_gradient)
+    dims = (call.head_dim, call.value_dim)
+    shortest = max(crossover(call.degree, dim, is_causal, call.wants_gradient) for dim in dims)
     measured = call.device == "cpu" and call.dtypes == {torch.float32} and call.is_polynomial
     return measured and min(masking.shape) >= shortest and not torch.compiler.is_compiling()
 
