@@ -93,8 +93,9 @@ def first(checkpoints) -> dict:
 
 
 def looks_equal(found: dict) -> bool:
-    # both compute in float64, in another order; ten times the largest distance that was seen
-    return all(found[name] < 100 * EPSILON for name in ("padded", "whole", "weights"))
+    # both compute in float64, in an order that depends on the processor: up to 100 were seen. A wrong mask or gain is
+    # off by ten digits more
+    return all(found[name] < 10_000 * EPSILON for name in ("padded", "whole", "weights"))
 
 
 @pytest.mark.parametrize("name", CASES)
