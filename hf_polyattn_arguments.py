@@ -68,6 +68,7 @@ class ModelArguments:
             raise ValueError("give model or model_type, not both: a checkpoint knows its own type")
         if self.model and (self.score_spread is not None or self.score_mean is not None):
             raise ValueError("score_spread and score_mean are for new models: a checkpoint's scores are what they are")
+        self.config_overrides()
 
     def config_overrides(self) -> dict[str, Any]:
         return mapping("model_config", self.model_config)
@@ -105,7 +106,7 @@ class AttentionArguments:
     heads: str | None = None
     """Heads to patch by layer (JSON or YAML), such as {"0": [1, 2]}. Empty: all."""
     backend: str | None = None
-    """Form of the operation: auto, cpu, tiled or naive."""
+    """Form of the operation: auto, recurrent, cpu, fused, tiled or naive."""
     calibrate_batches: int | None = None
     """Training batches on which a polynomial is calibrated before the first step; 0: alpha and gain that follow from
     width and weights. Empty: 4 for a softmax checkpoint, 0 for a new model, which trains better so, and for a
@@ -114,6 +115,10 @@ class AttentionArguments:
     """gain: alpha and gain of each head; coefficients: the polynomial nearest to a softmax checkpoint's attention."""
     calibration_target: Literal["output_rms", "frobenius"] = "output_rms"
     """Of the gain. output_rms: the size of softmax's output; frobenius: ‖A‖_F = sqrt N."""
+    transfer_steps: int = 0
+    """Steps of attention transfer on the first training batches, without their labels, before the training itself: the
+    patched attention learns to give a softmax checkpoint's output, layer by layer. Best after calibration_fit
+    coefficients."""
 
     def calibration_batches(self, model: ModelArguments) -> int:
         """How many batches to calibrate on."""
@@ -122,11 +127,11 @@ class AttentionArguments:
         return 4 if model.model else 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "calibrate_batches", at_least=0)
+        check_numbers(self, "calibrate_batches", "transfer_steps", at_least=0)
 
     def options(self) -> dict[str, Any]:
-        """The options of `patch_model` that were named, as Python values; activation and calibration not included."""
-        skip = ("activation", "calibrate_batches", "calibration_fit", "calibration_target")
+        """The options of `patch_model` that were named, as Python values; not activation, calibration, transfer."""
+        skip = ("activation", "calibrate_batches", "calibration_fit", "calibration_target", "transfer_steps")
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         options = {name: value for name, value in named.items() if value is not None}
         for name in ("normalization", "alpha", "gain"):
@@ -407,7 +412,10 @@ def as_yaml(*groups: Group) -> str:
 
 def mapping(name: str, text: str) -> dict[str, Any]:
     """The mapping written as JSON or YAML in `text`."""
-    value = yaml.safe_load(text) or {}
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a mapping such as {{n_layer: 4}}, got {text!r}")
     return value

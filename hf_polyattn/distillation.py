@@ -1,6 +1,7 @@
 """Distillation of the logits: all weights of a converted model learn from the softmax model and from labels."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,16 @@ class DistillReport:
     losses: torch.Tensor
     """[steps], each before its step."""
     tokens: int
+    """Tokens seen, without padding."""
     seconds: float
+
+    def __str__(self) -> str:
+        tenth = max(1, len(self.losses) // 10)
+        first, last = self.losses[:tenth].mean().item(), self.losses[-tenth:].mean().item()
+        return (
+            f"distillation: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.0f} s; mean loss "
+            f"{first:.4f} in the first tenth of the steps, {last:.4f} in the last"
+        )
 
 
 def distill(
@@ -59,9 +69,14 @@ def distill(
         temperature: T, which divides both models' logits.
         learning_rate: of the body; attention_learning_rate of the attention modules; polyattn_learning_rate of what
             the patch learns. Each falls along a cosine to final_ratio of itself.
+        warmup_steps: over which the rates rise from zero.
+        max_grad_norm: to which gradients are clipped; 0: not at all.
+        progress: show a bar.
+    Returns:
+        the losses; print it.
     Raises:
-        ValueError: for the same model twice, shared weights, no data, no labels, or a teacher's logits that are not
-            finite or of another shape.
+        ValueError: for the same model twice, shared weights, no data, no labels, a teacher's logits that are not
+            finite or of another shape, or a loss or gradient that is not finite.
     """
     if not 0 <= cross_entropy <= 1:
         raise ValueError(f"cross_entropy is a share of the loss, from 0 to 1, got {cross_entropy}")
@@ -88,7 +103,12 @@ def distill(
                 group["lr"] = warm * cosine(group["first"], final_ratio * group["first"], step, total)
             loss = _distillation_loss(student, teacher, inputs, cross_entropy, temperature)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+            if not torch.isfinite(loss + norm):
+                raise ValueError(
+                    f"distillation: loss {loss.item()}, gradient norm {norm.item()} in step {step + 1}; the student "
+                    "has the weights of the step before. Calibrate it first, or lower the learning rates"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach().cpu())
@@ -119,7 +139,8 @@ def _distillation_loss(
     given = F.log_softmax(out.logits.float() / temperature, -1)
     wanted = F.log_softmax(wanted.to(out.logits.device).float() / temperature, -1)
     rows = real_tokens(inputs)
-    if rows is not None and rows.shape == given.shape[:2]:
+    # a classifier's logits [B, C] have no tokens
+    if rows is not None and given.ndim == 3 and rows.shape == given.shape[:2]:
         given, wanted = given[rows], wanted[rows]
     divergence = F.kl_div(given, wanted, log_target=True, reduction="none").sum(-1).mean()
     return loss + (1 - cross_entropy) * temperature**2 * divergence

@@ -101,13 +101,11 @@ class CoefficientReport:
         Raises:
             ValueError: for a head that was not fitted.
         """
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
         chosen = self._extremes() if heads is None else list(heads)
-        figure, axes = plt.subplots(1, len(chosen), figsize=(4 * len(chosen), 3), layout="constrained", squeeze=False)
+        figure = Figure(figsize=(4 * len(chosen), 3), layout="constrained")
+        axes = figure.subplots(1, len(chosen), squeeze=False)
         for axis, (name, head) in zip(axes[0], chosen, strict=True):
             if name not in self.modules or head not in self.modules[name].heads:
                 raise ValueError(f"head {head} of {name!r} was not fitted; modules: {', '.join(self.modules)}")
@@ -116,7 +114,6 @@ class CoefficientReport:
         axes[0][0].set_ylabel("weight times Z")
         axes[0][0].legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)
-        plt.close(figure)
 
     def _extremes(self) -> list[tuple[str, int]]:
         ranked = sorted(

@@ -43,15 +43,16 @@ METRICS = {
 """Key of results.json -> (the Hub's name of the metric, ours)."""
 _ATTENTION = {
     *("activation", "degree", "coefficients", "init_coefficients", "normalization", "alpha", "beta", "gain"),
-    *("learn_gain", "learn_affine", "layers", "heads", "calibrate_batches", "calibration_target", "backend"),
+    *("learn_gain", "learn_affine", "layers", "heads", "backend"),
+    *("calibrate_batches", "calibration_fit", "calibration_target"),
 }
-"""Arguments that a softmax twin does not have."""
+"""Arguments that a softmax twin does not have. Not transfer_steps: they are training that the twin did not get."""
 _PLACES = {
     *("output_dir", "resume", "overwrite", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_private", "hub_license"),
 }
 """Arguments that do not enter the results."""
-_DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow")
+_DATA_FILES = (".txt", ".md", ".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 def model_card(
@@ -244,7 +245,7 @@ def _hub_name(value: Any) -> str | None:
 
 def _hub_dataset(value: Any) -> str | None:
     text = str(value or "")
-    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) and text != "stdlib"
+    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) and text not in ("stdlib", "stdlib_lines")
     return text if is_name and not text.endswith(_DATA_FILES) and not Path(text).exists() else None
 
 

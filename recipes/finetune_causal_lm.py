@@ -66,7 +66,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
 from hf_polyattn.training.lora import BASE, add_lora, resume_lora
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
-from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.models import build_model, print_once, replace_attention
 from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
 from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
 from hf_polyattn.training.run import Run, start_accelerator
@@ -75,6 +75,10 @@ from hf_polyattn.training.tokenizers import load_tokenizer
 
 def encode_pairs(rows: Dataset, args: FinetuneTextArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows of input_ids and labels, labels[t] following input_ids[t], IGNORE where the next token is the prompt's."""
+    if missing := {args.prompt_column, args.completion_column} - set(rows.column_names):
+        raise ValueError(
+            f"no column {sorted(missing)} among {rows.column_names}: set prompt_column, completion_column"
+        )
 
     def encode(row: dict) -> dict:
         prompt = tokenizer(row[args.prompt_column], add_special_tokens=False)["input_ids"]
@@ -88,6 +92,11 @@ def encode_pairs(rows: Dataset, args: FinetuneTextArguments, tokenizer: PreTrain
     kept = encoded.filter(lambda row: any(label != IGNORE for label in row["labels"]))
     if len(kept) == 0:
         raise ValueError(f"no row has room for its completion in {args.block_size} tokens: raise block_size")
+    if len(kept) < len(encoded):
+        print_once(
+            f"left out {len(encoded) - len(kept):,} of {len(encoded):,} rows: no room for a completion in "
+            f"{args.block_size} tokens"
+        )
     return kept
 
 
@@ -143,15 +152,15 @@ def main(argv: list[str] | None = None) -> dict:
         checkpoint=base if run.checkpoint and lora.lora_r else run.checkpoint,
     )
     if run.checkpoint is None:
-        batches = first_inputs(
-            train,
-            optimization.batch_size,
-            collate,
-            ["input_ids", "attention_mask"],
-            steps=attention.calibration_batches(model_args),
-            parts=optimization.gradient_accumulation_steps * accelerator.num_processes,
+        first = partial(first_inputs, train, optimization.batch_size, collate, ["input_ids", "attention_mask"])
+        parts = optimization.gradient_accumulation_steps * accelerator.num_processes
+        model = replace_attention(
+            model,
+            attention,
+            first(steps=attention.calibration_batches(model_args), parts=parts),
+            first(steps=attention.transfer_steps, parts=parts),
+            device=accelerator.device,
         )
-        model = replace_attention(model, attention, batches, accelerator.device)
     if lora.lora_r:
         model = resume_lora(model, run.checkpoint) if run.checkpoint else add_lora(accelerator, model, lora, base)
     if optimization.gradient_checkpointing:

@@ -22,6 +22,7 @@ GROUPS = (ModelArguments, AttentionArguments, TextArguments, OptimizationArgumen
 answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
 
 import math
+from functools import partial
 
 import torch
 from accelerate.utils import set_seed
@@ -64,15 +65,15 @@ def main(argv: list[str] | None = None) -> dict:
         AutoModelForCausalLM, model_args, tokenizer, optimization.seed, text.block_size, checkpoint=run.checkpoint
     )
     if run.checkpoint is None:
-        batches = first_inputs(
-            train,
-            optimization.batch_size,
-            next_token_batch,
-            ["input_ids"],
-            steps=attention.calibration_batches(model_args),
-            parts=optimization.gradient_accumulation_steps * accelerator.num_processes,
+        first = partial(first_inputs, train, optimization.batch_size, next_token_batch, ["input_ids"])
+        parts = optimization.gradient_accumulation_steps * accelerator.num_processes
+        model = replace_attention(
+            model,
+            attention,
+            first(steps=attention.calibration_batches(model_args), parts=parts),
+            first(steps=attention.transfer_steps, parts=parts),
+            device=accelerator.device,
         )
-        model = replace_attention(model, attention, batches, accelerator.device)
     if optimization.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()

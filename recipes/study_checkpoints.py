@@ -28,7 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 CUBIC = ["--activation", "poly", "--degree", "3", "--calibration_fit", "coefficients"]
-TWINS = {"softmax": ["--activation", "softmax"], "cubic": CUBIC}
+# cubic sees as many steps as softmax; transferred has unlabelled steps of attention transfer before them
+TWINS = {
+    "softmax": ["--activation", "softmax"],
+    "cubic": CUBIC,
+    "transferred": [*CUBIC, "--transfer_steps", "80"],
+}
 LETTERS, LENGTH = "012", 6
 
 
@@ -137,7 +142,10 @@ def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Markdown: mean and spread of each task and checkpoint, cubic beside softmax."""
-    lines = ["| task | checkpoint | metric | softmax | cubic | seeds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| task | checkpoint | metric | softmax | cubic | cubic after attention transfer | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for task, checkpoint, metric in dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows):
         shown, counts = [], []
         for name in TWINS:
@@ -148,7 +156,7 @@ def table(rows: list[dict[str, str]]) -> str:
             digits = 0 if metric == "sorted_of_729" else 4
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             shown.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-            counts.append(len(values))
+            counts += [len(values)] if values else []
         lines.append(f"| {task} | {checkpoint} | {metric} | {' | '.join(shown)} | {min(counts)} |")
     return "\n".join(lines)
 
@@ -159,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--data", help="sentiment: csv with the columns text and label")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=TWINS, default=list(TWINS))
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/study_checkpoints"), help="folder of checkpoints and data"
     )
@@ -172,11 +181,11 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = name_of(args.checkpoint)
     have = {(row["task"], row["checkpoint"], row["attention"], row["seed"]) for row in rows_of(args.out)}
     with appended(args.out) as write:
-        for seed, (name, twin) in itertools.product(args.seeds, TWINS.items()):
+        for seed, name in itertools.product(args.seeds, args.only):
             if (args.task, checkpoint, name, str(seed)) in have:
                 continue
             output = args.runs / f"{args.task}-{checkpoint}-{name}-{seed}"
-            changes = [*settings, *twin, "--seed", str(seed)]
+            changes = [*settings, *TWINS[name], "--seed", str(seed)]
             results = recipe(["--model", args.checkpoint, *changes, "--output_dir", str(output), "--overwrite"])
             if score is not None:
                 results |= score(output / "last")

@@ -307,6 +307,24 @@ def test_rates_of_body_attention_and_state():
     assert "transformer.wpe.weight" not in changed(student, before)
 
 
+def test_distillation_stops_at_a_loss_that_is_not_finite_and_keeps_the_weights_before():
+    student, teacher = pair()
+    with torch.no_grad():
+        student.transformer.h[0].attn.polyattn.coefficients[0, 1] = torch.inf
+    before = weights_of(student)
+    with pytest.raises(ValueError, match="in step 1; the student has the weights of the step before"):
+        distill(student, teacher, many(2), cross_entropy=0.0, progress=False)
+    assert not changed(student, before)
+
+
+def test_no_clipping_is_not_no_training():
+    student, teacher = pair()
+    before = weights_of(student)
+    report = distill(student, teacher, many(2), cross_entropy=0.0, max_grad_norm=0, progress=False)
+    assert changed(student, before)
+    assert str(report).startswith("distillation: 2 steps, 256 tokens")
+
+
 def test_distillation_that_cannot_be_is_refused():
     student, teacher = pair()
     student.eval()

@@ -180,8 +180,8 @@ def test_names_on_the_hub_are_told_from_files(tmp_path, monkeypatch):
     assert cards._hub_name("runs/best") is None
     assert cards._hub_name("openai-community/gpt2") == "openai-community/gpt2"
     assert cards._hub_name("../somewhere/else") is None
-    names = ("stdlib", "text.txt", "data/rows.jsonl", "wikitext", "a/b")
-    assert [cards._hub_dataset(name) for name in names] == [None, None, None, "wikitext", "a/b"]
+    names = ("stdlib", "stdlib_lines", "text.txt", "pairs.tsv", "data/rows.jsonl", "wikitext", "a/b")
+    assert [cards._hub_dataset(name) for name in names] == [None] * 5 + ["wikitext", "a/b"]
 
 
 def test_other_files_are_no_results(tmp_path):

@@ -155,6 +155,17 @@ def test_prompts_carry_no_loss(tmp_path):
     assert results["attention"]["activation"] == "poly"
 
 
+def test_pairs_name_the_missing_column_and_count_what_is_left_out(capsys):
+    module = recipe("finetune_causal_lm")
+    args = module.FinetuneTextArguments(prompt_column="q", completion_column="a", block_size=4)
+    rows = module.Dataset.from_dict({"q": ["ab", "abcdef"], "a": ["c", "g"]})
+    encoded = module.encode_pairs(rows, args, byte_tokenizer())
+    assert len(encoded) == 1
+    assert "left out 1 of 2 rows" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no column \['a'\]"):
+        module.encode_pairs(rows.remove_columns("a"), args, byte_tokenizer())
+
+
 def test_classifier_learns_code_from_comments(tmp_path):
     results = run_recipe(
         *("finetune_classifier", tmp_path, "--max_steps", 60, "--eval_steps", 20),

@@ -215,6 +215,35 @@ def test_calibration_uses_the_batches():
     assert not torch.allclose(fitted.coefficients[0], fitted.coefficients[1])
 
 
+def test_transfer_brings_the_attention_closer_to_the_checkpoints_own(tmp_path, capsys):
+    sharp = tiny(activation="softmax")
+    with torch.no_grad():
+        for block in sharp.transformer.h:
+            block.attn.c_attn.weight.mul_(
+                20
+            )  # scores of a trained model's size: flat attention leaves nothing to learn
+    sharp.save_pretrained(tmp_path)
+    build = lambda: build_model(AutoModelForCausalLM, ModelArguments(model=str(tmp_path)), byte_tokenizer(), 0)  # noqa: E731
+    inputs = [{"input_ids": batch()["input_ids"]}]
+
+    def distance(steps):
+        args = AttentionArguments(activation="poly", calibration_fit="coefficients", transfer_steps=steps)
+        model = replace_attention(build(), args, inputs, inputs * steps)
+        with torch.no_grad():
+            return (model(**inputs[0]).logits - build()(**inputs[0]).logits).square().mean().item()
+
+    assert distance(60) < 0.5 * distance(0)
+    assert "attention transfer: 60 steps" in capsys.readouterr().out
+    # the twin has nothing to learn, and says so; a model without a softmax checkpoint behind it has no teacher
+    replace_attention(build(), AttentionArguments(activation="softmax", transfer_steps=2), (), inputs * 2)
+    assert "transfer_steps left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a new model has none"):
+        tiny(activation="poly", transfer_steps=2)
+    replace_attention(build(), AttentionArguments(activation="poly")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="polynomial already"):
+        replace_attention(build(), AttentionArguments(transfer_steps=2), (), inputs * 2)
+
+
 def test_a_polynomial_checkpoint_stays_what_it_is(tmp_path):
     model = tiny(activation="poly", degree=2, normalization="length")
     model.save_pretrained(tmp_path)
@@ -252,6 +281,22 @@ def test_a_named_option_changes_a_polynomial_checkpoint_and_discards_nothing_els
         assert not torch.equal(after[key + "gain"], before[key + "gain"])
         if activation == "poly":
             assert torch.equal(after[key + "coefficients"], before[key + "coefficients"])
+
+
+def test_calibration_that_is_asked_for_is_done_on_a_polynomial_checkpoint():
+    inputs = [{"input_ids": batch()["input_ids"]}]
+    model = tiny(activation="poly")
+    before = learned(model)
+    again = learned(replace_attention(model, AttentionArguments(calibrate_batches=1), inputs))
+    assert any(not torch.equal(before[key], again[key]) for key in before)
+
+
+def test_a_misspelt_entry_of_the_configuration_is_refused():
+    args = ModelArguments(model_type="gpt2", model_config="{n_layers: 2}")
+    with pytest.raises(ValueError, match="no 'n_layers'; did you mean 'n_layer'"):
+        build_model(AutoModelForCausalLM, args, byte_tokenizer(), 0)
+    with pytest.raises(ValueError, match="must be a mapping"):
+        ModelArguments(model_type="gpt2", model_config="{n_layer: ")
 
 
 def test_model_and_data_that_do_not_fit_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """The model of a recipe: built or loaded in fp32, then given its attention."""
 
+import copy
+import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from hf_polyattn_arguments import AttentionArguments, ModelArguments
 
 from ..activations import change_config, get_activation, resolve_config
+from ..conversion import transfer_attention
 from ..initialization import start_scores
 from ..models import PolyModelMixin, read_settings
 from ..patching import coverage, patch_model, unpatch_model
@@ -43,6 +46,7 @@ def build_model(
         model = auto_class.from_pretrained(args.model, dtype=torch.float32, **overrides)
     else:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _check_names(str(args.model_type), args.config_overrides())
         config = AutoConfig.for_model(str(args.model_type), **{"vocab_size": len(tokenizer), **special, **overrides})
         if block_size and not {"max_position_embeddings", "n_positions"} & set(overrides):
             config.max_position_embeddings = block_size
@@ -58,35 +62,56 @@ def build_model(
     return model
 
 
+def _check_names(model_type: str, overrides: Mapping[str, Any]) -> None:
+    """Raises ValueError for names that a configuration would take in and nothing would read, such as n_layers."""
+    default = AutoConfig.for_model(model_type)
+    elsewhere = {"attn_implementation", "is_decoder", "rope_theta", "rope_scaling"}  # read, but no attribute by itself
+    for name in overrides:
+        if not hasattr(default, name) and name not in elsewhere:
+            close = difflib.get_close_matches(name, [*default.to_dict(), *default.attribute_map], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"model_config: the configuration of {model_type} has no {name!r}{hint}")
+
+
 def replace_attention(
     model: PreTrainedModel,
     args: AttentionArguments,
     batches: Iterable[Mapping[str, torch.Tensor]] = (),
+    transfer: Iterable[Mapping[str, torch.Tensor]] = (),
+    *,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """Patches `model` as `args` say, and says what was done; a checkpoint that is patched already stays what it is.
 
     Options that are named without an activation change a patched checkpoint's own settings. Numbers that it has
-    learned stay where they mean the same, and it is then not calibrated again; see `patch_model`.
+    learned stay where they mean the same, and it is then calibrated again only where calibrate_batches is named; see
+    `patch_model`.
 
     batches: model inputs to calibrate polynomials on; none: the analytic default. Activations that are not polynomials
         keep the scalings of their literature.
-    device: where calibration runs.
+    transfer: model inputs for attention transfer from the softmax checkpoint, one step each.
+    device: where calibration and transfer run.
+    Raises ValueError when transfer is asked for and there is no softmax checkpoint to transfer from.
     """
     options = args.options()
     own = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
-    if args.activation is None and own is not None and not options:
+    if args.transfer_steps and (own is not None or not model.name_or_path):
+        what = "this checkpoint is polynomial already" if own is not None else "a new model has none"
+        raise ValueError(f"transfer_steps teaches a softmax checkpoint's attention, and {what}: leave it 0")
+    if args.activation is None and own is not None and not options and not args.calibrate_batches:
         print_once(f"the checkpoint's own attention: {coverage(model)}")
         return model
     activation = args.activation or (own.activation if own is not None else "poly")
     is_polynomial = get_activation(activation).is_polynomial
     if not is_polynomial:
         options = _options_of_a_twin(activation, options)
+    if args.activation == "softmax" and args.transfer_steps:
+        print_once("softmax has nothing to learn from softmax: transfer_steps left out")
     if args.activation == "softmax" and not options.get("qk_norm"):
         model = unpatch_model(model) if own is not None else model
         print_once(f"softmax: {type(model).__name__} stays a stock model ({model.config._attn_implementation})")
         return model
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches] if is_polynomial else []
+    batches = [_moved(batch, device) for batch in batches] if is_polynomial else []
     if batches:
         # asked to measure, fixed numbers that nobody named give way
         options = {"alpha": "auto", "gain": "auto", **options}
@@ -94,7 +119,7 @@ def replace_attention(
         settings = change_config(own, **options)
     else:
         settings = resolve_config(activation, **options)
-    if own is not None and settings.computes_like(own):
+    if own is not None and settings.computes_like(own) and not args.calibrate_batches:
         # it was trained with the numbers that it has
         settings = change_config(
             settings, **{n: getattr(own, n) for n in ("alpha", "gain") if n not in args.options()}
@@ -102,11 +127,18 @@ def replace_attention(
         batches = []
     home = model.device
     model.to(device)  # type: ignore[arg-type]
+    teacher = copy.deepcopy(model) if args.transfer_steps and activation != "softmax" else None
     # the random state is that of a softmax twin afterwards, whatever calibration draws
     with torch.random.fork_rng():
         fitting: dict[str, Any] = {"fit": args.calibration_fit, "target": args.calibration_target}
         model = patch_model(model, config=settings, calibrate=batches or None, **fitting)
+        if teacher is not None:
+            print_once(str(transfer_attention(model, teacher, [_moved(batch, device) for batch in transfer])))
     return model.to(home)  # type: ignore[arg-type]
+
+
+def _moved(batch: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _options_of_a_twin(activation: str, options: dict[str, Any]) -> dict[str, Any]:
