@@ -152,20 +152,24 @@ def main() -> None:
             }
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()))
+    processor = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
     environment = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor,
         "threads": args.threads,
         "repeats": args.repeats,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_polyattn": hf_polyattn.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).split(" --out")[0],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
+    # rows of other machines stay
+    is_new = not args.out.exists()
+    with args.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *environment])
-        writer.writeheader()
+        if is_new:
+            writer.writeheader()
         writer.writerows({**row, **environment} for row in rows)
     print(f"wrote {args.out}")
 

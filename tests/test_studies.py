@@ -49,15 +49,15 @@ def test_finished_rows_are_those_of_the_same_checkpoint(study, tmp_path, capsys)
         return len(study.calls) - before
 
     (tmp_path / "mine").mkdir()
-    assert start("some/model") == 2
+    assert start("some/model") == 3
     assert start("some/model") == 0
-    assert start(str(tmp_path / "mine")) == 2
+    assert start(str(tmp_path / "mine")) == 3
     with (tmp_path / "r.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["checkpoint"] for row in rows] == ["some--model"] * 2 + ["mine"] * 2
+    assert [row["checkpoint"] for row in rows] == ["some--model"] * 3 + ["mine"] * 3
     folders = [call[call.index("--output_dir") + 1] for call in study.calls]
-    assert len(set(folders)) == 4
-    assert "| sentiment | mine | accuracy | 0.5000 | 0.5000 | 1 |" in capsys.readouterr().out
+    assert len(set(folders)) == 6
+    assert "| sentiment | mine | accuracy | 0.5000 | 0.5000 | 0.5000 | 1 |" in capsys.readouterr().out
 
 
 def test_sampled_stories_are_those_of_the_checkpoint(study, tmp_path):
