@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from .attention import NAME
 from .evaluating import evaluating
+from .observing import real_tokens
 
 
 @torch.no_grad()
@@ -36,13 +37,13 @@ def weight_norms(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> t
                 model.set_attn_implementation(implementation)
     if not attentions or any(weights is None for weights in attentions):
         raise ValueError(f"{type(model).__name__} returned no attention weights")
-    return torch.stack([_norms(weights, inputs.get("attention_mask")) for weights in attentions])
+    return torch.stack([_norms(weights, real_tokens(inputs)) for weights in attentions])
 
 
-def _norms(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _norms(weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """[B, H, T, S] -> [H]."""
     energy = weights.float().square().sum(-1)  # [B, H, T]
     rows = energy.new_ones(energy.shape[0], energy.shape[2])
-    if attention_mask is not None:
-        rows = attention_mask[:, -energy.shape[2] :].to(energy.dtype)
+    if real is not None:
+        rows = real[:, -energy.shape[2] :].to(energy.dtype)
     return ((energy * rows[:, None]).sum((0, 2)) / rows.sum()).sqrt().cpu()

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .architectures import get_architecture
 from .conversion import cosine, count_tokens, refuse_shared, take, without_cache
-from .evaluating import evaluating
+from .evaluating import evaluating, training
 from .models import states
 from .observing import as_inputs, real_tokens
 
@@ -92,7 +92,7 @@ def distill(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, tokens, losses = time.perf_counter(), 0, []
     watching = contextlib.nullcontext() if teacher is None else evaluating(teacher)
-    with _training_mode(student), watching, tqdm(total=total, desc="distillation", disable=not progress) as bar:
+    with training(student), watching, tqdm(total=total, desc="distillation", disable=not progress) as bar:
         for step, batch in enumerate(taken):
             inputs = {
                 k: v.to(student.device) if isinstance(v, torch.Tensor) else v for k, v in as_inputs(batch).items()
@@ -159,15 +159,3 @@ def _distillation_groups(student: PreTrainedModel, body: float, attention: float
     if not groups:
         raise ValueError("no parameter of the student requires a gradient: nothing to train")
     return [{"params": parameters, "lr": rate, "first": rate} for rate, parameters in groups.items()]
-
-
-@contextlib.contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in train mode; afterwards every module is in the mode that it was in."""
-    before = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, was_training in before.items():
-            module.training = was_training

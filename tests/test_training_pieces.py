@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
@@ -23,7 +25,14 @@ from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, lo
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses
 from hf_polyattn.training.models import build_model, replace_attention
 from hf_polyattn.training.nonfinite import NonFiniteError, find_nonfinite
-from hf_polyattn.training.optimization import adamw, clip_gradients, parameter_groups, rate_factor, set_learning_rate
+from hf_polyattn.training.optimization import (
+    adamw,
+    check_deepspeed_clipping,
+    clip_gradients,
+    parameter_groups,
+    rate_factor,
+    set_learning_rate,
+)
 from hf_polyattn.training.run import Run, start_accelerator
 from hf_polyattn.training.tokenizers import byte_tokenizer
 from hf_polyattn_arguments import (
@@ -289,6 +298,16 @@ def test_calibration_that_is_asked_for_is_done_on_a_polynomial_checkpoint():
     before = learned(model)
     again = learned(replace_attention(model, AttentionArguments(calibrate_batches=1), inputs))
     assert any(not torch.equal(before[key], again[key]) for key in before)
+
+
+def test_deepspeed_clips_as_the_recipe_says():
+    """DeepSpeed itself needs GPUs; the number is the one of the configuration that users launch with."""
+    written = yaml.safe_load((Path(__file__).parents[1] / "recipes/accelerate/zero2.yaml").read_text())
+    plugin = DeepSpeedPlugin(hf_ds_config={**written["deepspeed_config"], "zero_optimization": {"stage": 2}})
+    check_deepspeed_clipping(None, 3.0)
+    check_deepspeed_clipping(plugin, OptimizationArguments().max_grad_norm)
+    with pytest.raises(ValueError, match=r"gradient_clipping is 1.0 and max_grad_norm 0.5"):
+        check_deepspeed_clipping(plugin, 0.5)
 
 
 def test_a_misspelt_entry_of_the_configuration_is_refused():

@@ -61,6 +61,21 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     return torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device)
 
 
+def check_deepspeed_clipping(plugin: Any, max_norm: float) -> None:
+    """Raises ValueError when DeepSpeed, which clips by itself, would clip to another norm than max_norm.
+
+    plugin: accelerate's DeepSpeedPlugin, None without DeepSpeed.
+    """
+    if plugin is None:
+        return
+    clipping = plugin.deepspeed_config.get("gradient_clipping", 0.0)
+    if clipping != max_norm:
+        raise ValueError(
+            f"DeepSpeed's gradient_clipping is {clipping} and max_grad_norm {max_norm}: DeepSpeed clips by its own "
+            "number, so set both alike"
+        )
+
+
 def rate_factor(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
     """Share of the highest learning rate in `step`, counted from 1: linear warm-up, then a cosine down to min_ratio.
 

@@ -36,6 +36,7 @@ from .lora import BASE, load_trained
 from .losses import Loss
 from .models import print_once
 from .nonfinite import NOT_REPEATABLE, REMEDY, SHARDED, NonFiniteError, find_nonfinite
+from .optimization import check_deepspeed_clipping
 
 PUBLISHED = "published"
 """Folder below a run's own that holds what was pushed."""
@@ -68,6 +69,7 @@ def start_accelerator(optimization: OptimizationArguments, args: RunArguments) -
         project_dir=args.output_dir,
         dynamo_backend="inductor" if optimization.torch_compile else None,
     )
+    check_deepspeed_clipping(getattr(accelerator.state, "deepspeed_plugin", None), optimization.max_grad_norm)
     processes = accelerator.num_processes
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) != processes:
         # happens with a multi-GPU configuration on a machine without GPUs: every process would train alone
