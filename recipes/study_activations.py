@@ -51,6 +51,54 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
         "--activation poly --init_coefficients 1 1 0.3333 0.037 --qk_norm true --normalization l1",
         "softmax-qk",
     ),
+    "poly-qk-l1-affine": (
+        "degree 3, QK-norm, l1, learnable alpha and beta",
+        "--activation poly --qk_norm true --normalization l1 --learn_affine true",
+        "softmax-qk",
+    ),
+    # what else was tried under QK-norm, on one seed
+    "poly-qk-rate10": (
+        "degree 3, QK-norm, coefficients learn 10 times as fast",
+        "--activation poly --qk_norm true --polyattn_learning_rate_multiplier 10",
+        "softmax-qk",
+    ),
+    "poly-qk-fixed": (
+        "degree 3, QK-norm, coefficients fixed near exp",
+        "--activation poly --qk_norm true --coefficients 0.5 0.5 0.5 0.1667",
+        "softmax-qk",
+    ),
+    "poly-qk-l1-rate10": (
+        "degree 3, QK-norm, l1, coefficients learn 10 times as fast",
+        "--activation poly --qk_norm true --normalization l1 --polyattn_learning_rate_multiplier 10",
+        "softmax-qk",
+    ),
+    "poly-qk-l1-rate0.2": (
+        "degree 3, QK-norm, l1, coefficients learn a fifth as fast",
+        "--activation poly --qk_norm true --normalization l1 --polyattn_learning_rate_multiplier 0.2",
+        "softmax-qk",
+    ),
+    "poly-qk-l1-half": (
+        "degree 3, QK-norm, l1, scores times 1/2",
+        "--activation poly --qk_norm true --normalization l1 --alpha 0.5",
+        "softmax-qk",
+    ),
+    "poly-qk-l1-affine-rate10": (
+        "degree 3, QK-norm, l1, learnable alpha and beta, all 10 times as fast",
+        "--activation poly --qk_norm true --normalization l1 --learn_affine true "
+        "--polyattn_learning_rate_multiplier 10",
+        "softmax-qk",
+    ),
+    "cubic-qk-l1-fixed": (
+        "(1 + s/3)^3, QK-norm, l1",
+        "--activation poly --qk_norm true --coefficients 1 1 0.3333 0.037 --normalization l1",
+        "softmax-qk",
+    ),
+    "cubic-qk-l1-affine-rate10": (
+        "(1 + s/3)^3, QK-norm, l1, learnable alpha and beta, 10 times as fast",
+        "--activation poly --qk_norm true --coefficients 1 1 0.3333 0.037 --normalization l1 --learn_affine true "
+        "--polyattn_learning_rate_multiplier 10",
+        "softmax-qk",
+    ),
     "quartic-qk-sum": (
         "(1 + s/4)^4, QK-norm, sum",
         "--activation poly --degree 4 --coefficients 1 1 0.375 0.0625 0.00390625 --qk_norm true --normalization sum",
