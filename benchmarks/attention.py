@@ -285,7 +285,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "hf_polyattn": hf_polyattn.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).split(" --out")[0],
     }
     cells = [
         Cell(*values, args.device)
