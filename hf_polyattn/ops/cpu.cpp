@@ -478,7 +478,15 @@ template <class U, class T, class F> void forward(const Problem& x, Rows out, fl
 // ------------------------------------------------------------------------------------------------------- decode
 
 constexpr int DECODE_ROWS = 8;   // as many queries at most; more are worth packing the keys for
+constexpr int AHEAD = 12;        // keys for which memory is asked before they are read
 constexpr int DECODE_KEYS = 64;  // whose keys and values stay in the first cache
+
+// Asks for rows j .. j + 3 of keys or values. Rows of other heads lie between those of one, often a page apart, where
+// the processor does not look ahead by itself.
+template <class U> inline void fetch(const U* row, int64_t stride, int width) {
+  for (int n = 0; n < 4; n++)
+    for (int d = 0; d < width; d += 64 / sizeof(U)) __builtin_prefetch(row + n * stride + d);
+}
 
 // A few queries against many keys: every key and value is read once, where it lies, for all heads that share it.
 // Long caches are cut into chunks, so that all threads have work; their sums are added at the end.
@@ -506,6 +514,8 @@ template <class U, class F> void decode(const Problem& x, Rows out, float* divis
         // four keys at once: their sums do not wait for one another
         for (; depth == x.D && j + 4 <= count; j += 4) {
           const U* key = x.k.at<U>(b, head, j0 + j);
+          fetch(key + AHEAD * x.k.row, x.k.row, x.D);
+          fetch(x.v.at<U>(b, head, j0 + j), x.v.row, x.Dv);
           for (int r = 0; r < rows; r++) {
             vec sum[4] = {};
             for (int d = 0; d < depth; d += LANES) {
