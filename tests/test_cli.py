@@ -1,6 +1,7 @@
 """The console script: what it prints, how it fails, and that it answers without importing torch."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import hf_polyattn
 from hf_polyattn import demo
 from hf_polyattn.diagnostics import weight_norms
 from hf_polyattn.ops import cpu
+from hf_polyattn.ops.forms import FORMS
 from hf_polyattn.tables import format_table
 from hf_polyattn.training.tokenizers import byte_tokenizer
 from hf_polyattn_cli import main
@@ -170,9 +172,11 @@ def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_build", cpu.Build("avx2", problem))
     code, said, _ = run(capsys, "doctor")
     assert code == 0
-    assert "fused  " in said
-    expected = f"cpu    no   {problem}" if problem else "cpu    yes  compiled for avx2"
+    assert "fused      " in said
+    expected = f"cpu        no   {problem}" if problem else "cpu        yes  compiled for avx2"
     assert expected in said
+    assert [line.split()[0] for line in said.splitlines()[4:]] == list(FORMS)
+    assert re.search(r"recurrent  yes  .* linear time.* 11,500 .degree 2. tokens", said)
     assert f"torch {torch.__version__}" in said
 
 
