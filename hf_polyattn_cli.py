@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Polynomial attention instead of softmax for Hugging Face Transformers models.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the whole traceback of an error (HF_POLYATTN_DEBUG=1: always)"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -101,24 +103,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C (argparse exits with 2)."""
     args = build_parser().parse_args(argv)
-    try:
-        if args.command == "demo":
-            from hf_polyattn.demo import run_demo
+    # not above: the help is there before yaml and dataclasses are
+    from hf_polyattn_arguments import exit_status
 
-            run_demo(out=args.out, quick=args.quick, steps=args.steps, seed=args.seed)
-        else:
-            from hf_polyattn import commands
+    return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
 
-            print(getattr(commands, args.command)(args))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except EXPECTED as error:
-        if args.debug:
-            raise
-        print(f"hf-polyattn {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command says, and prints its report."""
+    if args.command == "demo":
+        from hf_polyattn.demo import run_demo
+
+        run_demo(out=args.out, quick=args.quick, steps=args.steps, seed=args.seed)
+    else:
+        from hf_polyattn import commands
+
+        print(getattr(commands, args.command)(args))
 
 
 if __name__ == "__main__":

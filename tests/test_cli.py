@@ -202,9 +202,12 @@ def test_expected_errors_are_one_line(words, message, stock, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_debug_shows_the_traceback(capsys):
+def test_debug_shows_the_traceback(monkeypatch):
     with pytest.raises(FileNotFoundError):
         main(["--debug", "inspect", "./nowhere"])
+    monkeypatch.setenv("HF_POLYATTN_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", "./nowhere"])
 
 
 def test_interrupt_has_its_own_status(monkeypatch, capsys):
