@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     patch.add_argument("source", metavar="SOURCE", help="folder or Hub name of a checkpoint")
     patch.add_argument("--to", required=True, metavar="OUT", help="folder to save the patched model in")
     patch.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
-    patch.add_argument("--degree", type=int, metavar="P", help="degree of the polynomial (default: 3)")
+    patch.add_argument(
+        "--degree", type=int, metavar="P", help="of the polynomial (default: 3, or what --coefficients gives)"
+    )
     patch.add_argument("--normalization", metavar="Z", help="sqrt_length, length, sum, l1, l2, none or a number")
     patch.add_argument(
         "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from . import doctor as machine
 from . import models
+from .activations import resolve_config
 from .figures import draw_losses
 from .hub import CARD
 from .hub import push as publish
@@ -49,17 +50,18 @@ def patch(args: Namespace) -> str:
     out = Path(args.to)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: give --to a new folder")
+    # before the model is read, which may take minutes
+    _check_calibration(args)
+    options = _options(args)
+    resolve_config(args.activation, **{name: value for name, value in options.items() if name != "budget"})
     model = load_checkpoint(args.source)
     tokenizer = load_tokenizer(args.source)
-    options = _options(args)
     if args.calibrate:
         if tokenizer is None:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
         options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
         options["fit"] = args.fit or "gain"
-    elif args.fit:
-        raise ValueError("--fit says what --calibrate sets: give it a text too")
-    patch_model(model, args.activation, args.degree, **options)
+    patch_model(model, args.activation, **options)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
@@ -81,8 +83,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def _check_calibration(args: Namespace) -> None:
+    if args.calibrate and not Path(args.calibrate).is_file():
+        raise FileNotFoundError(f"no such text for --calibrate: {args.calibrate}")
+    if args.fit and not args.calibrate:
+        raise ValueError("--fit says what --calibrate sets: give it a text too")
+    if args.budget is not None and not args.calibrate:
+        raise ValueError("--budget needs --calibrate FILE, the text on which it finds the heads that fit best")
+    if args.budget is not None and not 0 < args.budget <= 1:
+        raise ValueError(f"--budget must be a share of the heads, above 0 and up to 1, got {args.budget:g}")
+
+
 def _options(args: Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {
+        "degree": args.degree,
         "layers": args.layers,
         "qk_norm": args.qk_norm or None,
         "learn_gain": args.learn_gain or None,

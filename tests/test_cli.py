@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import hf_polyattn
-from hf_polyattn import demo
+from hf_polyattn import commands, demo
 from hf_polyattn.diagnostics import weight_norms
 from hf_polyattn.ops import cpu
 from hf_polyattn.ops.forms import FORMS
@@ -140,9 +140,17 @@ def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--fit", "gain"], "--fit says what --calibrate sets"), (["--budget", "0.5"], 'heads="auto" and calibrate')],
+    [
+        (["--fit", "gain"], "--fit says what --calibrate sets"),
+        (["--budget", "0.5"], "--budget needs --calibrate FILE"),
+        (["--budget", "1.5", "--calibrate", __file__], "--budget must be a share of the heads, above 0 and up to 1"),
+        (["--calibrate", "nothere.txt"], "no such text for --calibrate: nothere.txt"),
+        (["--degree", "17"], "degree must be an integer from 1 to 16, got 17"),
+        (["--degree", "3", "--coefficients", "0", "1"], "degree 3 needs 4 coefficients, got 2"),
+    ],
 )
-def test_patch_refuses_what_needs_a_text(words, message, stock, tmp_path, capsys):
+def test_patch_refuses_before_the_model_is_loaded(words, message, stock, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "load_checkpoint", lambda path: pytest.fail("the model was loaded"))
     code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "out", *words)
     assert code == 1
     assert message in error
