@@ -18,6 +18,7 @@ from .hub import CARD
 from .hub import push as publish
 from .model_card import model_card, portable, read_results
 from .models import PolyModelMixin, read_settings, states
+from .patch_report import Source, advice, describe
 from .patching import coverage, patch_model
 from .tables import format_states
 
@@ -61,16 +62,14 @@ def patch(args: Namespace) -> str:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
         options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
         options["fit"] = args.fit or "gain"
+    source = Source.of(model)
     patch_model(model, args.activation, **options)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    return "\n".join(
-        [
-            f"saved to {out}" + ("" if tokenizer is not None else " (no tokenizer was found in the source)"),
-            "its weights were trained for softmax: train it before you judge it",
-        ]
-    )
+    what = describe(read_settings(model.config))
+    found = "" if tokenizer is not None else " (no tokenizer was found in the source)"
+    return f"saved to {out}: {what}{found}\n{advice(source, model)}"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:

@@ -157,6 +157,33 @@ def test_patch_refuses_before_the_model_is_loaded(words, message, stock, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_patch_says_what_the_source_was(stock, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Polynomials instead of softmax. " * 20)
+
+    def said(source, name, *words) -> str:
+        code, out, error = run(capsys, "patch", source, "--to", tmp_path / name, *words)
+        assert code == 0, error
+        return out
+
+    first = said(stock, "cubic", "--calibrate", text, "--learn-gain")
+    assert f"saved to {tmp_path / 'cubic'}: poly of degree 3\nits weights were trained for softmax: train it" in first
+    assert ": poly of degree 1\n" in said(stock, "line", "--coefficients", 1, 2)
+    assert "it computes softmax as before" in said(stock, "twin", "--activation", "softmax")
+    assert "trained without QK-norm" in said(stock, "normed", "--activation", "softmax", "--qk-norm")
+
+    square = said(tmp_path / "cubic", "square", "--degree", 2)
+    assert "its source was patched already, poly of degree 3: options that were not named are at their" in square
+    assert "changed: degree 3 -> 2, learn_gain True -> False" in square
+    assert "set anew, not taken from the source: alpha, coefficients, gain\ntrain it" in square
+    same = said(tmp_path / "cubic", "same", "--degree", 3)
+    assert "changed: learn_gain True -> False\nall its numbers are the source's" in same
+    softmax = said(tmp_path / "cubic", "softmax", "--activation", "softmax")
+    assert "changed: activation poly -> softmax" in softmax
+    assert "trained for softmax" not in square + same + softmax
+    assert "was patched already, softmax:" in said(tmp_path / "twin", "again")
+
+
 def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
     run(capsys, "patch", stock, "--to", tmp_path / "out")
     code, said, _ = run(capsys, "inspect", tmp_path / "out")
