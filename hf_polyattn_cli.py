@@ -5,12 +5,16 @@ and `--help` should answer at once. Each command imports what it needs when it r
 """
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
 """Errors that carry a message for the user; shown as one line unless --debug asks for the traceback."""
+
+IMPORT = "name the module that calls it with --import, as in hf-polyattn --import MODULE patch ..."
 
 
 class _Version(argparse.Action):
@@ -29,6 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument(
         "--debug", action="store_true", help="show the whole traceback of an error (HF_POLYATTN_DEBUG=1: always)"
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours first, which runs its code: one that calls register_activation or "
+        "register_architecture; may be repeated",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -113,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Does what the command says, and prints its report."""
+    for name in args.modules:
+        import_module(name)
     if args.command == "demo":
         from hf_polyattn.demo import run_demo
 
@@ -120,7 +135,28 @@ def run(args: argparse.Namespace) -> None:
     else:
         from hf_polyattn import commands
 
-        print(getattr(commands, args.command)(args))
+        try:
+            print(getattr(commands, args.command)(args))
+        except ValueError as error:
+            if "hf_polyattn.register_" not in str(error):
+                raise
+            # there is no Python here in which to call it
+            raise ValueError(f"{error}: {IMPORT}") from error
+
+
+def import_module(name: str) -> None:
+    """Imports a module of the user's, from the folder where the command runs or from the environment."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # a console script has the folder of the script there, and `python -m` the current one
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if name != error.name and not name.startswith(f"{error.name}."):
+            # the module is there, and what it imports is not
+            raise
+        hint = f": name it {name.removesuffix('.py')}" if name.endswith(".py") else ""
+        raise ValueError(f"--import {name}: there is no such module here or in the environment{hint}") from error
 
 
 if __name__ == "__main__":

@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import doctor as machine
 from . import models
 from .activations import resolve_config
+from .architectures import STOCK_PREFIX
 from .figures import draw_losses
 from .hub import CARD
 from .hub import push as publish
@@ -36,6 +44,7 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     transformers.logging.disable_progress_bar()
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"no such folder: {path}")
+    _check_model_type(path)
     config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
     if not names:
@@ -44,6 +53,14 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     if cls is None:
         raise ValueError(f"{path} is a {names[0]}, which this version of transformers does not have")
     return cls.from_pretrained(path)
+
+
+def _check_model_type(path: str) -> None:
+    """Raises for a polynomial checkpoint of an architecture that only its makers' own module registers."""
+    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type") or ""
+    if model_type.startswith(STOCK_PREFIX) and model_type not in CONFIG_MAPPING:
+        stock = model_type.removeprefix(STOCK_PREFIX)
+        raise ValueError(f"{path} is a {model_type}: it needs hf_polyattn.register_architecture({stock!r}, ...)")
 
 
 def patch(args: Namespace) -> str:

@@ -237,6 +237,54 @@ def test_expected_errors_are_one_line(words, message, stock, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+REGISTER = """
+import hf_polyattn
+hf_polyattn.register_activation("bent", lambda s, n: s.relu(), defaults=dict(normalization="length"))
+hf_polyattn.register_architecture("mistral", ["MistralAttention"])
+"""
+MAKE = """
+from transformers import MistralConfig, MistralForCausalLM
+sizes = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, hidden_size=8, intermediate_size=8)
+model = MistralForCausalLM(MistralConfig(**sizes, vocab_size=9))
+hf_polyattn.patch_model(model, "bent").save_pretrained("mistral")
+"""
+
+
+@pytest.mark.slow
+def test_a_module_of_the_users_is_imported(stock, tmp_path):
+    """In processes of their own: what one registers must not help the next."""
+
+    def cli(*words):
+        command = [sys.executable, "-m", "hf_polyattn_cli", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    (tmp_path / "mine.py").write_text(REGISTER + MAKE)
+    assert cli("--import", "mine", "patch", stock, "--to", "out", "--activation", "bent").returncode == 0
+    (tmp_path / "mine.py").write_text(REGISTER)
+    for folder in ("out", "mistral"):
+        assert "bent" in cli("--import", "mine", "inspect", folder).stdout
+    for folder, call in (("out", "register_activation"), ("mistral", "register_architecture('mistral', ...)")):
+        done = cli("inspect", folder)
+        assert done.returncode == 1
+        assert f"hf_polyattn.{call}" in done.stderr
+        assert done.stderr.endswith("hf-polyattn --import MODULE patch ...\n")
+        assert "pgrade" not in done.stderr
+
+
+def test_a_module_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "broken.py").write_text("import not_installed")
+    for name, hint in (("absent", ""), ("absent.py", ": name it absent")):
+        code, _, error = run(capsys, "--import", name, "doctor")
+        assert code == 1
+        assert f"--import {name}: there is no such module here or in the environment{hint}\n" in error
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+        main(["--import", "broken", "doctor"])
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     with pytest.raises(FileNotFoundError):
         main(["--debug", "inspect", "./nowhere"])
