@@ -30,6 +30,7 @@ from .patch_report import Source, advice, describe
 from .patching import coverage, patch_model
 from .tables import format_states
 
+ADAPTER_CONFIG = "adapter_config.json"
 BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
 """Calibration from a file: batches, sequences of each, and tokens of each at most."""
 
@@ -44,6 +45,11 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     transformers.logging.disable_progress_bar()
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"no such folder: {path}")
+    if _holds_adapters(path):
+        raise ValueError(
+            f"{path} holds adapters and no whole model: merge them first, as with "
+            f"hf_polyattn.training.lora.load_trained(AutoModelForCausalLM, Path({path!r})).save_pretrained(OUT)"
+        )
     _check_model_type(path)
     config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
@@ -53,6 +59,31 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     if cls is None:
         raise ValueError(f"{path} is a {names[0]}, which this version of transformers does not have")
     return cls.from_pretrained(path)
+
+
+def _holds_adapters(path: str) -> bool:
+    return Path(path, ADAPTER_CONFIG).is_file() and not Path(path, "config.json").exists()
+
+
+def load_adapted(path: str) -> tuple[PreTrainedModel, str]:
+    """The base model of the adapters in a folder with the adapters merged in, and what these are.
+
+    Raises:
+        FileNotFoundError: when the base that they name is a folder that is not there.
+    """
+    # only here: it takes a second, and most checkpoints need no PEFT
+    from peft import PeftConfig, PeftModel
+
+    adapters = PeftConfig.from_pretrained(path)
+    base = str(adapters.base_model_name_or_path)
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"the adapters in {path} belong to the model in {base}, which is not there: bring it back, or correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    model = PeftModel.from_pretrained(load_checkpoint(base), path).merge_and_unload()
+    rank = f" of rank {adapters.r}" if hasattr(adapters, "r") else ""
+    return model, f"{getattr(adapters.peft_type, 'value', adapters.peft_type)} adapters{rank} of {base}, merged in"
 
 
 def _check_model_type(path: str) -> None:
@@ -204,7 +235,7 @@ def doctor(args: Namespace) -> str:
 
 def inspect(args: Namespace) -> str:
     """Coverage, configuration and learned state of args.path, as tables or as JSON."""
-    model = load_checkpoint(args.path)
+    model, adapters = load_adapted(args.path) if _holds_adapters(args.path) else (load_checkpoint(args.path), None)
     covered = coverage(model)
     settings = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
     tensors = {name: dict(state.state_dict()) for name, state in states(model).items()}
@@ -214,6 +245,7 @@ def inspect(args: Namespace) -> str:
             {
                 "class": type(model).__name__,
                 "model_type": model.config.model_type,
+                "adapters": adapters,
                 "parameters": count,
                 "patched": dict(covered.patched),
                 "softmax": list(covered.softmax),
@@ -223,6 +255,8 @@ def inspect(args: Namespace) -> str:
             indent=2,
         )
     lines = [f"{type(model).__name__}, model_type {model.config.model_type}, {count:,} parameters", str(covered)]
+    if adapters is not None:
+        lines.append(adapters)
     if settings is not None:
         shown = {name: value for name, value in settings.to_dict().items() if value is not None}
         lines += ["", *(f"  {name}: {value}" for name, value in shown.items())]

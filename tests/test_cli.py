@@ -202,6 +202,33 @@ def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
     assert "degree" not in said
 
 
+def test_inspect_shows_adapters_with_their_base(stock, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base, folder = tmp_path / "base", tmp_path / "lora"
+    run(capsys, "patch", stock, "--to", base, "--degree", 2)
+    options = {"r": 2, "target_modules": ["attn.c_attn"], "modules_to_save": ["polyattn"], "fan_in_fan_out": True}
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name and "coefficients" in name:
+                parameter.fill_(7)
+    adapted.save_pretrained(folder)
+    code, said, error = run(capsys, "inspect", folder)
+    assert code == 0, error
+    for line in ("PolyGPT2LMHeadModel", "patched 2 of 2", f"LORA adapters of rank 2 of {base}", "degree: 2"):
+        assert line in said
+    report = json.loads(run(capsys, "inspect", folder, "--json")[1])
+    # what the adapters have trained, not what the base holds
+    assert report["state"]["transformer.h.0.attn"]["coefficients"] == [[7, 7, 7]] * 2
+    code, _, error = run(capsys, "patch", folder, "--to", tmp_path / "out")
+    assert code == 1
+    assert "holds adapters and no whole model: merge them first" in error
+    base.rename(tmp_path / "moved")
+    code, _, error = run(capsys, "inspect", folder)
+    assert code == 1
+    assert f"belong to the model in {base}, which is not there" in error
+
+
 @pytest.mark.parametrize("problem", [None, "g++ is not there"])
 def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_build", cpu.Build("avx2", problem))
