@@ -1,5 +1,7 @@
 """Arguments of the recipes: dataclasses whose field docs are the help; a YAML file first, the command line on top.
 
+Also how scripts end: `exit_status`, which the console script shares.
+
 A module of its own beside the package, because importing anything below `hf_polyattn` imports torch, and `--help`
 should answer at once.
 """
@@ -13,9 +15,10 @@ import itertools
 import json
 import math
 import operator
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -128,6 +131,15 @@ class AttentionArguments:
 
     def __post_init__(self) -> None:
         check_numbers(self, "calibrate_batches", "transfer_steps", at_least=0)
+        check_numbers(self, "degree", at_least=1)
+        if self.activation is None:
+            # what the rest means depends on the checkpoint
+            return
+        # here, because the help must not wait for torch; and now, before data and model have taken their time
+        from hf_polyattn.activations import get_activation, resolve_config
+
+        if get_activation(self.activation).is_polynomial:
+            resolve_config(self.activation, **self.options())
 
     def options(self) -> dict[str, Any]:
         """The options of `patch_model` that were named, as Python values; not activation, calibration, transfer."""
@@ -322,6 +334,41 @@ class RunArguments:
 
 Group = Any
 
+DEBUG = "HF_POLYATTN_DEBUG"
+"""Set in the environment, it shows the traceback of an error that would be one line."""
+
+
+def exit_status(
+    program: str,
+    work: Callable[[], Any],
+    expected: tuple[type[Exception], ...] = (ValueError, OSError),
+    debug: bool = False,
+) -> int:
+    """Exit status of a script that does `work`: 0, 1 after an error of the user's, 130 after Ctrl-C.
+
+    expected: errors that carry a message for the user; each becomes one line, unless `debug` or the environment asks
+        for the traceback. Others keep theirs.
+    """
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except expected as error:
+        if debug or os.environ.get(DEBUG):
+            raise
+        message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            message = f"{error.strerror}: {error.filename}"
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Calls the main function of a recipe and exits, see `exit_status`; called from Python, `main` raises."""
+    sys.exit(exit_status(Path(sys.argv[0]).name, main))
+
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The recipe's own header as it is, and defaults where there are any."""
@@ -356,6 +403,7 @@ def parse_arguments(
         groups,  # type: ignore[arg-type]
         usage="%(prog)s [CONFIG.yaml] [--name value ...]",
         description=description,
+        epilog=f"{DEBUG}=1 in the environment shows the whole traceback of an error.",
         formatter_class=Help,
         allow_abbrev=False,
     )

@@ -5,12 +5,16 @@ and `--help` should answer at once. Each command imports what it needs when it r
 """
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
 """Errors that carry a message for the user; shown as one line unless --debug asks for the traceback."""
+
+IMPORT = "name the module that calls it with --import, as in hf-polyattn --import MODULE patch ..."
 
 
 class _Version(argparse.Action):
@@ -27,7 +31,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Polynomial attention instead of softmax for Hugging Face Transformers models.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the whole traceback of an error (HF_POLYATTN_DEBUG=1: always)"
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours first, which runs its code: one that calls register_activation or "
+        "register_architecture; may be repeated",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -44,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     patch.add_argument("source", metavar="SOURCE", help="folder or Hub name of a checkpoint")
     patch.add_argument("--to", required=True, metavar="OUT", help="folder to save the patched model in")
     patch.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
-    patch.add_argument("--degree", type=int, metavar="P", help="degree of the polynomial (default: 3)")
+    patch.add_argument(
+        "--degree", type=int, metavar="P", help="of the polynomial (default: 3, or what --coefficients gives)"
+    )
     patch.add_argument("--normalization", metavar="Z", help="sqrt_length, length, sum, l1, l2, none or a number")
     patch.add_argument(
         "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
@@ -101,24 +118,45 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C (argparse exits with 2)."""
     args = build_parser().parse_args(argv)
-    try:
-        if args.command == "demo":
-            from hf_polyattn.demo import run_demo
+    # not above: the help is there before yaml and dataclasses are
+    from hf_polyattn_arguments import exit_status
 
-            run_demo(out=args.out, quick=args.quick, steps=args.steps, seed=args.seed)
-        else:
-            from hf_polyattn import commands
+    return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
 
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command says, and prints its report."""
+    for name in args.modules:
+        import_module(name)
+    if args.command == "demo":
+        from hf_polyattn.demo import run_demo
+
+        run_demo(out=args.out, quick=args.quick, steps=args.steps, seed=args.seed)
+    else:
+        from hf_polyattn import commands
+
+        try:
             print(getattr(commands, args.command)(args))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except EXPECTED as error:
-        if args.debug:
+        except ValueError as error:
+            if "hf_polyattn.register_" not in str(error):
+                raise
+            # there is no Python here in which to call it
+            raise ValueError(f"{error}: {IMPORT}") from error
+
+
+def import_module(name: str) -> None:
+    """Imports a module of the user's, from the folder where the command runs or from the environment."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # a console script has the folder of the script there, and `python -m` the current one
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if name != error.name and not name.startswith(f"{error.name}."):
+            # the module is there, and what it imports is not
             raise
-        print(f"hf-polyattn {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+        hint = f": name it {name.removesuffix('.py')}" if name.endswith(".py") else ""
+        raise ValueError(f"--import {name}: there is no such module here or in the environment{hint}") from error
 
 
 if __name__ == "__main__":

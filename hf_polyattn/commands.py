@@ -8,18 +8,29 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import doctor as machine
 from . import models
+from .activations import resolve_config
+from .architectures import STOCK_PREFIX
 from .figures import draw_losses
 from .hub import CARD
 from .hub import push as publish
 from .model_card import model_card, portable, read_results
 from .models import PolyModelMixin, read_settings, states
+from .patch_report import Source, advice, describe
 from .patching import coverage, patch_model
 from .tables import format_states
 
+ADAPTER_CONFIG = "adapter_config.json"
 BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
 """Calibration from a file: batches, sequences of each, and tokens of each at most."""
 
@@ -34,6 +45,12 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     transformers.logging.disable_progress_bar()
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise FileNotFoundError(f"no such folder: {path}")
+    if _holds_adapters(path):
+        raise ValueError(
+            f"{path} holds adapters and no whole model: merge them first, as with "
+            f"hf_polyattn.training.lora.load_trained(AutoModelForCausalLM, Path({path!r})).save_pretrained(OUT)"
+        )
+    _check_model_type(path)
     config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
     if not names:
@@ -44,31 +61,63 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     return cls.from_pretrained(path)
 
 
+def _holds_adapters(path: str) -> bool:
+    return Path(path, ADAPTER_CONFIG).is_file() and not Path(path, "config.json").exists()
+
+
+def load_adapted(path: str) -> tuple[PreTrainedModel, str]:
+    """The base model of the adapters in a folder with the adapters merged in, and what these are.
+
+    Raises:
+        FileNotFoundError: when the base that they name is a folder that is not there.
+    """
+    # only here: it takes a second, and most checkpoints need no PEFT
+    from peft import PeftConfig, PeftModel
+
+    adapters = PeftConfig.from_pretrained(path)
+    base = str(adapters.base_model_name_or_path)
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"the adapters in {path} belong to the model in {base}, which is not there: bring it back, or correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    model = PeftModel.from_pretrained(load_checkpoint(base), path).merge_and_unload()
+    rank = f" of rank {adapters.r}" if hasattr(adapters, "r") else ""
+    return model, f"{getattr(adapters.peft_type, 'value', adapters.peft_type)} adapters{rank} of {base}, merged in"
+
+
+def _check_model_type(path: str) -> None:
+    """Raises for a polynomial checkpoint of an architecture that only its makers' own module registers."""
+    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type") or ""
+    if model_type.startswith(STOCK_PREFIX) and model_type not in CONFIG_MAPPING:
+        stock = model_type.removeprefix(STOCK_PREFIX)
+        raise ValueError(f"{path} is a {model_type}: it needs hf_polyattn.register_architecture({stock!r}, ...)")
+
+
 def patch(args: Namespace) -> str:
     """Loads args.source, patches it, saves it with its tokenizer in args.to."""
     out = Path(args.to)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: give --to a new folder")
+    # before the model is read, which may take minutes
+    _check_calibration(args)
+    options = _options(args)
+    resolve_config(args.activation, **{name: value for name, value in options.items() if name != "budget"})
     model = load_checkpoint(args.source)
     tokenizer = load_tokenizer(args.source)
-    options = _options(args)
     if args.calibrate:
         if tokenizer is None:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
         options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
         options["fit"] = args.fit or "gain"
-    elif args.fit:
-        raise ValueError("--fit says what --calibrate sets: give it a text too")
-    patch_model(model, args.activation, args.degree, **options)
+    source = Source.of(model)
+    patch_model(model, args.activation, **options)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    return "\n".join(
-        [
-            f"saved to {out}" + ("" if tokenizer is not None else " (no tokenizer was found in the source)"),
-            "its weights were trained for softmax: train it before you judge it",
-        ]
-    )
+    what = describe(read_settings(model.config))
+    found = "" if tokenizer is not None else " (no tokenizer was found in the source)"
+    return f"saved to {out}: {what}{found}\n{advice(source, model)}"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -81,8 +130,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def _check_calibration(args: Namespace) -> None:
+    if args.calibrate and not Path(args.calibrate).is_file():
+        raise FileNotFoundError(f"no such text for --calibrate: {args.calibrate}")
+    if args.fit and not args.calibrate:
+        raise ValueError("--fit says what --calibrate sets: give it a text too")
+    if args.budget is not None and not args.calibrate:
+        raise ValueError("--budget needs --calibrate FILE, the text on which it finds the heads that fit best")
+    if args.budget is not None and not 0 < args.budget <= 1:
+        raise ValueError(f"--budget must be a share of the heads, above 0 and up to 1, got {args.budget:g}")
+
+
 def _options(args: Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {
+        "degree": args.degree,
         "layers": args.layers,
         "qk_norm": args.qk_norm or None,
         "learn_gain": args.learn_gain or None,
@@ -174,7 +235,7 @@ def doctor(args: Namespace) -> str:
 
 def inspect(args: Namespace) -> str:
     """Coverage, configuration and learned state of args.path, as tables or as JSON."""
-    model = load_checkpoint(args.path)
+    model, adapters = load_adapted(args.path) if _holds_adapters(args.path) else (load_checkpoint(args.path), None)
     covered = coverage(model)
     settings = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
     tensors = {name: dict(state.state_dict()) for name, state in states(model).items()}
@@ -184,6 +245,7 @@ def inspect(args: Namespace) -> str:
             {
                 "class": type(model).__name__,
                 "model_type": model.config.model_type,
+                "adapters": adapters,
                 "parameters": count,
                 "patched": dict(covered.patched),
                 "softmax": list(covered.softmax),
@@ -193,6 +255,8 @@ def inspect(args: Namespace) -> str:
             indent=2,
         )
     lines = [f"{type(model).__name__}, model_type {model.config.model_type}, {count:,} parameters", str(covered)]
+    if adapters is not None:
+        lines.append(adapters)
     if settings is not None:
         shown = {name: value for name, value in settings.to_dict().items() if value is not None}
         lines += ["", *(f"  {name}: {value}" for name, value in shown.items())]

@@ -21,6 +21,7 @@ from hf_polyattn_arguments import (
     TextArguments,
     answer_help,
     parse_arguments,
+    run_script,
 )
 
 
@@ -221,4 +222,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ from hf_polyattn_arguments import (
     answer_help,
     check_numbers,
     parse_arguments,
+    run_script,
 )
 
 
@@ -309,4 +310,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ from hf_polyattn_arguments import (
     TextArguments,
     answer_help,
     parse_arguments,
+    run_script,
 )
 
 GROUPS = (ModelArguments, AttentionArguments, TextArguments, OptimizationArguments, RunArguments)
@@ -128,4 +129,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from hf_polyattn_arguments import (
     answer_help,
     check_numbers,
     parse_arguments,
+    run_script,
 )
 
 
@@ -148,4 +149,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,7 @@
 """The console script: what it prints, how it fails, and that it answers without importing torch."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import hf_polyattn
-from hf_polyattn import demo
+from hf_polyattn import commands, demo
 from hf_polyattn.diagnostics import weight_norms
 from hf_polyattn.ops import cpu
+from hf_polyattn.ops.forms import FORMS
 from hf_polyattn.tables import format_table
 from hf_polyattn.training.tokenizers import byte_tokenizer
 from hf_polyattn_cli import main
@@ -138,13 +140,48 @@ def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--fit", "gain"], "--fit says what --calibrate sets"), (["--budget", "0.5"], 'heads="auto" and calibrate')],
+    [
+        (["--fit", "gain"], "--fit says what --calibrate sets"),
+        (["--budget", "0.5"], "--budget needs --calibrate FILE"),
+        (["--budget", "1.5", "--calibrate", __file__], "--budget must be a share of the heads, above 0 and up to 1"),
+        (["--calibrate", "nothere.txt"], "no such text for --calibrate: nothere.txt"),
+        (["--degree", "17"], "degree must be an integer from 1 to 16, got 17"),
+        (["--degree", "3", "--coefficients", "0", "1"], "degree 3 needs 4 coefficients, got 2"),
+    ],
 )
-def test_patch_refuses_what_needs_a_text(words, message, stock, tmp_path, capsys):
+def test_patch_refuses_before_the_model_is_loaded(words, message, stock, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "load_checkpoint", lambda path: pytest.fail("the model was loaded"))
     code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "out", *words)
     assert code == 1
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_patch_says_what_the_source_was(stock, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Polynomials instead of softmax. " * 20)
+
+    def said(source, name, *words) -> str:
+        code, out, error = run(capsys, "patch", source, "--to", tmp_path / name, *words)
+        assert code == 0, error
+        return out
+
+    first = said(stock, "cubic", "--calibrate", text, "--learn-gain")
+    assert f"saved to {tmp_path / 'cubic'}: poly of degree 3\nits weights were trained for softmax: train it" in first
+    assert ": poly of degree 1\n" in said(stock, "line", "--coefficients", 1, 2)
+    assert "it computes softmax as before" in said(stock, "twin", "--activation", "softmax")
+    assert "trained without QK-norm" in said(stock, "normed", "--activation", "softmax", "--qk-norm")
+
+    square = said(tmp_path / "cubic", "square", "--degree", 2)
+    assert "its source was patched already, poly of degree 3: options that were not named are at their" in square
+    assert "changed: degree 3 -> 2, learn_gain True -> False" in square
+    assert "set anew, not taken from the source: alpha, coefficients, gain\ntrain it" in square
+    same = said(tmp_path / "cubic", "same", "--degree", 3)
+    assert "changed: learn_gain True -> False\nall its numbers are the source's" in same
+    softmax = said(tmp_path / "cubic", "softmax", "--activation", "softmax")
+    assert "changed: activation poly -> softmax" in softmax
+    assert "trained for softmax" not in square + same + softmax
+    assert "was patched already, softmax:" in said(tmp_path / "twin", "again")
 
 
 def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
@@ -165,14 +202,43 @@ def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
     assert "degree" not in said
 
 
+def test_inspect_shows_adapters_with_their_base(stock, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base, folder = tmp_path / "base", tmp_path / "lora"
+    run(capsys, "patch", stock, "--to", base, "--degree", 2)
+    options = {"r": 2, "target_modules": ["attn.c_attn"], "modules_to_save": ["polyattn"], "fan_in_fan_out": True}
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name and "coefficients" in name:
+                parameter.fill_(7)
+    adapted.save_pretrained(folder)
+    code, said, error = run(capsys, "inspect", folder)
+    assert code == 0, error
+    for line in ("PolyGPT2LMHeadModel", "patched 2 of 2", f"LORA adapters of rank 2 of {base}", "degree: 2"):
+        assert line in said
+    report = json.loads(run(capsys, "inspect", folder, "--json")[1])
+    # what the adapters have trained, not what the base holds
+    assert report["state"]["transformer.h.0.attn"]["coefficients"] == [[7, 7, 7]] * 2
+    code, _, error = run(capsys, "patch", folder, "--to", tmp_path / "out")
+    assert code == 1
+    assert "holds adapters and no whole model: merge them first" in error
+    base.rename(tmp_path / "moved")
+    code, _, error = run(capsys, "inspect", folder)
+    assert code == 1
+    assert f"belong to the model in {base}, which is not there" in error
+
+
 @pytest.mark.parametrize("problem", [None, "g++ is not there"])
 def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_build", cpu.Build("avx2", problem))
     code, said, _ = run(capsys, "doctor")
     assert code == 0
-    assert "fused  " in said
-    expected = f"cpu    no   {problem}" if problem else "cpu    yes  compiled for avx2"
+    assert "fused      " in said
+    expected = f"cpu        no   {problem}" if problem else "cpu        yes  compiled for avx2"
     assert expected in said
+    assert [line.split()[0] for line in said.splitlines()[4:]] == list(FORMS)
+    assert re.search(r"recurrent  yes  .* linear time.* 11,500 .degree 2. tokens", said)
     assert f"torch {torch.__version__}" in said
 
 
@@ -198,9 +264,60 @@ def test_expected_errors_are_one_line(words, message, stock, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_debug_shows_the_traceback(capsys):
+REGISTER = """
+import hf_polyattn
+hf_polyattn.register_activation("bent", lambda s, n: s.relu(), defaults=dict(normalization="length"))
+hf_polyattn.register_architecture("mistral", ["MistralAttention"])
+"""
+MAKE = """
+from transformers import MistralConfig, MistralForCausalLM
+sizes = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, hidden_size=8, intermediate_size=8)
+model = MistralForCausalLM(MistralConfig(**sizes, vocab_size=9))
+hf_polyattn.patch_model(model, "bent").save_pretrained("mistral")
+"""
+
+
+@pytest.mark.slow
+def test_a_module_of_the_users_is_imported(stock, tmp_path):
+    """In processes of their own: what one registers must not help the next."""
+
+    def cli(*words):
+        command = [sys.executable, "-m", "hf_polyattn_cli", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    (tmp_path / "mine.py").write_text(REGISTER + MAKE)
+    assert cli("--import", "mine", "patch", stock, "--to", "out", "--activation", "bent").returncode == 0
+    (tmp_path / "mine.py").write_text(REGISTER)
+    for folder in ("out", "mistral"):
+        assert "bent" in cli("--import", "mine", "inspect", folder).stdout
+    for folder, call in (("out", "register_activation"), ("mistral", "register_architecture('mistral', ...)")):
+        done = cli("inspect", folder)
+        assert done.returncode == 1
+        assert f"hf_polyattn.{call}" in done.stderr
+        assert done.stderr.endswith("hf-polyattn --import MODULE patch ...\n")
+        assert "pgrade" not in done.stderr
+
+
+def test_a_module_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "broken.py").write_text("import not_installed")
+    for name, hint in (("absent", ""), ("absent.py", ": name it absent")):
+        code, _, error = run(capsys, "--import", name, "doctor")
+        assert code == 1
+        assert f"--import {name}: there is no such module here or in the environment{hint}\n" in error
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+        main(["--import", "broken", "doctor"])
+
+
+def test_debug_shows_the_traceback(monkeypatch):
     with pytest.raises(FileNotFoundError):
         main(["--debug", "inspect", "./nowhere"])
+    monkeypatch.setenv("HF_POLYATTN_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", "./nowhere"])
 
 
 def test_interrupt_has_its_own_status(monkeypatch, capsys):

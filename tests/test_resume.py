@@ -158,6 +158,20 @@ def test_what_cannot_be_resumed_is_refused(whole, arguments, tmp_path):
     assert max(metrics(copy)) == 2
 
 
+def test_a_finished_run_says_that_nothing_is_left(whole, arguments, tmp_path, capfd):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy, symlinks=True)
+    run_recipe("pretrain_causal_lm", copy, *arguments, "--resume")
+    said = capfd.readouterr().out
+    assert "already at step 12 of 12: nothing left to train" in said
+    # and what it advises works
+    advised = ["--model_type=", "--model_config={}", "--model", copy / "last", "--max_steps", 14]
+    assert f"--model {copy / 'last'} and another --output_dir" in said
+    run_recipe("pretrain_causal_lm", tmp_path / "longer", *arguments, *advised)
+    assert max(metrics(tmp_path / "longer")) == 14
+    assert_same_metrics(copy, whole)
+
+
 @pytest.mark.parametrize("extra", [[], ["--resume"]], ids=["new run", "resumed"])
 def test_a_checkpoint_that_is_gone_is_refused(whole, arguments, tmp_path, extra):
     copy = tmp_path / "copy"

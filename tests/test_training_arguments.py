@@ -58,7 +58,7 @@ def test_one_entry_of_a_mapping(tmp_path):
     # in the order of the line
     assert overrides("--model_config", "{c: 3}", "--model-config.b=x") == {"c": 3, "b": "x"}
     assert overrides("--model_config.b", "2", "--model_config={c: 3}") == {"c": 3}
-    assert overrides("--model_config.b", "2", "--activation", "relu.x") == {"a": 1, "b": 2}
+    assert overrides("--model_config.b", "2", "--tokenizer", "relu.x") == {"a": 1, "b": 2}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,10 @@ def test_every_field_of_the_attention_config_is_an_argument():
         ("model_type: gpt2\nmodel: here", [], "not both"),
         ("- 1", [], "`name: value`"),
         ("model_type: gpt2", ["--shuffle", "often"], "invalid choice"),
+        ("model_type: gpt2", ["--activation", "cubic"], "unknown activation 'cubic'; registered: monomial, poly"),
+        ("model_type: gpt2", ["--degree", "0"], "degree must be >= 1, got 0"),
+        ("model_type: gpt2\nactivation: poly", ["--degree", "17"], "degree must be an integer from 1 to 16, got 17"),
+        ("model_type: gpt2\nactivation: poly", ["--normalization", "sum"], "needs weights of one sign"),
         ("model_type: gpt2", ["--validation_fraction", "1"], "validation_fraction must be > 0 and < 1, got 1.0"),
     ],
 )
@@ -152,6 +156,58 @@ def test_small_negative_numbers_survive_yaml(tmp_path):
     fixed = parse(tmp_path, "model_type: gpt2\ncoefficients: [0, 1, -1.0e-05, -1e-5]\n")
     assert fixed[1].options() == {"coefficients": (0, 1, -1e-5, -1e-5)}
     assert parse(tmp_path, as_yaml(*fixed)) == fixed
+
+
+def exit_status_of(main, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["recipes/train.py"])
+    with pytest.raises(SystemExit) as stop:
+        args.run_script(main)
+    return stop.value.code
+
+
+def raiser(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileExistsError("runs/a holds a run already:\n  pass --resume"), "runs/a holds a run already: pass --resume"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: a.txt"),
+        (ValueError("the text is short"), "the text is short"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_script_answers_a_mistake_with_one_line(error, line, monkeypatch, capsys):
+    assert exit_status_of(raiser(error), monkeypatch) == 1
+    assert capsys.readouterr().err == f"train.py: {line}\n"
+    monkeypatch.setenv(args.DEBUG, "1")
+    with pytest.raises(type(error)):
+        args.run_script(raiser(error))
+
+
+def test_a_script_shows_where_the_unexpected_happened(monkeypatch, capsys):
+    for error in (RuntimeError, TypeError, KeyError):
+        with pytest.raises(error):
+            args.run_script(raiser(error("a bug")))
+    assert exit_status_of(raiser(KeyboardInterrupt()), monkeypatch) == 130
+    assert exit_status_of(lambda: {"loss": 1}, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_recipe_answers_a_mistake_with_one_line(name, tmp_path):
+    """As a script, where it is the data that is missing; from Python the same raises."""
+    config = str(RECIPES / "configs" / name / "debug_cpu.yaml")
+    words = [config, "--dataset", "nothere.txt", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, str(RECIPES / f"{name}.py"), *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"{name}.py: no such file or folder: nothere.txt"
+    assert "Traceback" not in done.stderr
+    with pytest.raises(FileNotFoundError, match=r"nothere\.txt"):
+        recipe(name).main(words)
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -32,7 +32,7 @@ from ..hub import CARD, push
 from ..model_card import model_card, portable
 from .checkpoint import PARTIAL, find_last, load_state, prune, read_position, register_hooks, save_checkpoint
 from .devices import device_name, peak_mib
-from .lora import BASE, load_trained
+from .lora import ADAPTER, BASE, load_trained
 from .losses import Loss
 from .models import print_once
 from .nonfinite import NOT_REPEATABLE, REMEDY, SHARDED, NonFiniteError, find_nonfinite
@@ -176,6 +176,15 @@ class Run:
 
     def steps(self, loader: Iterable[Any], total_steps: int) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
         """(step, its micro batches on this process) for each step left, counted from 1, with a progress bar."""
+        if self.first_step >= total_steps:
+            # the learning rate follows the number of steps, so that a longer run is another run
+            last = self.out / "last"
+            source = "" if (last / ADAPTER).exists() else f"--model {last} and "
+            print_once(
+                f"already at step {self.first_step} of {total_steps}: nothing left to train. For more steps start "
+                f"another run, with {source}another --output_dir"
+            )
+            return
         parts = self.accelerator.gradient_accumulation_steps
         batches = iter(loader)
         terminal = sys.stderr.isatty()
