@@ -34,7 +34,10 @@ def test_spread_is_the_root_mean_square_of_the_scores_that_count(family, auto, r
     report = calibrate_gain(model, batches)
     assert report.batches == 2
     assert list(report.modules) == list(states(model))
-    for measures, seen in zip(report.modules.values(), record(stock, batches), strict=True):
+    # [B, 1, T, 1] of each batch: rows of padding do not count
+    real = [batch.get("attention_mask", torch.ones(2, 9))[:, None, :, None].bool() for batch in batches]
+    for measures, recorded in zip(report.modules.values(), record(stock, batches), strict=True):
+        seen = [(scores, keep & rows, out * rows) for (scores, keep, out), rows in zip(recorded, real, strict=True)]
         squares = sum((scores.square() * keep).sum((0, 2, 3)) for scores, keep, _ in seen)
         count = sum(keep.sum((0, 2, 3)) for _, keep, _ in seen)
         assert torch.allclose(measures.spread, (squares / count).sqrt().float(), rtol=1e-4)
@@ -45,6 +48,24 @@ def test_spread_is_the_root_mean_square_of_the_scores_that_count(family, auto, r
         assert torch.allclose(measures.softmax_rms, (energy / rows).sqrt().float(), rtol=1e-3)
     for state, measures in zip(states(model).values(), report.modules.values(), strict=True):
         assert torch.allclose(state.alpha, (1 / measures.spread).double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["output_rms", "frobenius"])
+@pytest.mark.parametrize(("family", "auto"), FAMILIES)
+def test_padding_changes_no_gain(family, auto, target):
+    model = patch_model(tiny(family, auto))
+    padded = copy.deepcopy(model)
+    ids = token_ids(2, 6)
+    calibrate_gain(model, [ids], target=target)
+    mask = torch.ones_like(ids)
+    longer = {
+        "input_ids": torch.cat([ids, token_ids(2, 5, seed=1)], 1),
+        "attention_mask": torch.cat([mask, 0 * mask[:, 1:]], 1),
+    }
+    calibrate_gain(padded, [longer], target=target)
+    for expected, state in zip(states(model).values(), states(padded).values(), strict=True):
+        assert torch.allclose(state.alpha, expected.alpha, rtol=1e-6)
+        assert torch.allclose(state.gain, expected.gain, rtol=1e-6)
 
 
 def test_qk_norm_is_part_of_the_score(record):
