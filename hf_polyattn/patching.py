@@ -101,7 +101,6 @@ def patch_model(
     Example:
         >>> model = patch_model(model, activation="poly", degree=3)
     """
-    is_named = config is None
     batches = None if calibrate is None else list(calibrate)
     if batches is not None and not batches:
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
@@ -117,17 +116,28 @@ def patch_model(
         if batches is not None and get_activation(activation).is_polynomial:
             # asked to measure, a preset's fixed numbers give way
             options = {"alpha": "auto", "gain": "auto", **options}
-        config = resolve_config(activation, **options)
+        config = _with_measured(unwrap(model), resolve_config(activation, **options), options)
     elif options or degree is not None or activation != "poly":
         raise ValueError("give either config= or activation, degree and options, not both")
+    for report in _patch(model, config, batches, fit, target):
+        _say(report)
+    return model
+
+
+def _patch(
+    model: PreTrainedModel,
+    config: PolyAttentionConfig,
+    batches: list[Any] | None = None,
+    fit: Fit = "gain",
+    target: Target = "output_rms",
+) -> list[object]:
+    """What patch_model does once the options are a config, without a word; returns what there is to say."""
     check_activation(config)
     check_transformers(transformers.__version__)
     base = unwrap(model)
-    if is_named:
-        config = _with_measured(base, config, options)
     check_adapters(model, base, config)
     check_patchable(base, config)
-
+    reports: list[object] = []
     with _undo_on_error(base):
         earlier = states(base)
         if isinstance(base, PolyModelMixin):
@@ -137,9 +147,16 @@ def patch_model(
             if name in earlier:
                 state.keep(earlier[name], calibrated=batches is not None)
         if batches is not None:
-            _say(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
-    _say(coverage(base))
-    return model
+            reports.append(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
+    return [*reports, coverage(base)]
+
+
+def _check_unpatched(model: PreTrainedModel) -> None:
+    """Raises where a patch for a while would lose the state of an earlier one."""
+    if isinstance(base_model(model), PolyModelMixin):
+        raise ValueError(
+            "the model is patched already: a patch for a while could not give its learned state back; unpatch it first"
+        )
 
 
 def _with_measured(
@@ -170,11 +187,7 @@ def patched(
     model: PreTrainedModel, activation: str = "poly", degree: int | None = None, **kwargs: Any
 ) -> Iterator[Any]:
     """`patch_model` for the length of a with block; the model comes out as it went in."""
-    base = base_model(model)
-    if isinstance(base, PolyModelMixin):
-        raise ValueError(
-            "the model is patched already: patched() could not give its learned state back; unpatch it first"
-        )
+    _check_unpatched(model)
     patch_model(model, activation, degree, **kwargs)
     try:
         yield model
@@ -207,8 +220,16 @@ def choose_heads(
         >>> patch_model(model, degree=3, **choose_heads(model, batches, degree=3, budget=0.75))
     """
     batches = list(batches)
-    with patched(model, activation, degree, **{"alpha": "auto", "gain": "auto", **options}):
+    if degree is not None:
+        options["degree"] = degree
+    config = resolve_config(activation, **{"alpha": "auto", "gain": "auto", **options})
+    _check_unpatched(model)
+    # in silence: what is patched here to be measured is not what the caller gets
+    _patch(model, config)
+    try:
         return fit_coefficients(base_model(model), batches).easiest(budget)
+    finally:
+        unpatch_model(model)
 
 
 def coverage(model: nn.Module) -> Coverage:
