@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .coefficient_fit import CoefficientReport, fit_coefficients
 from .models import read_settings, states
-from .observing import Observer, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
+from .observing import Observer, as_batches, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
 from .state import PolyAttentionState
 from .tables import format_span, format_table
 
@@ -164,7 +164,7 @@ def calibrate_gain(
     Returns:
         what was measured; print it.
     Raises:
-        ValueError: for a model that is not patched, no batches, non-finite scores, or nothing left "auto".
+        ValueError: for a model that is not patched, no or unfit batches, non-finite scores, or nothing left "auto".
     """
     found = states(model)
     if not found:
@@ -174,7 +174,7 @@ def calibrate_gain(
     config = read_settings(model.config)
     if config.alpha != "auto" and config.gain != "auto":
         raise ValueError('alpha and gain are fixed numbers in this config: nothing to calibrate; pass gain="auto"')
-    batches = list(batches)
+    batches = as_batches(batches)
     if not batches:
         raise ValueError("no batches to calibrate on: pass a few")
     observers = {name: GainObserver(state) for name, state in found.items()}

@@ -29,6 +29,7 @@ from .models import (
     states,
     stock_config,
 )
+from .observing import as_batches
 from .patchable import base_model, check_adapters, check_patchable, check_transformers, unwrap
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,12 @@ def patch_model(
         the same object, now an instance of a subclass of its class with a model_type of its own.
     Raises:
         TypeError: for something that is not a Transformers model.
-        ValueError: for an architecture that cannot be patched, a wrapped model, or options that do not fit.
+        ValueError: for an architecture that cannot be patched, a wrapped model, or options or batches that do not fit.
 
     Example:
         >>> model = patch_model(model, activation="poly", degree=3)
     """
-    batches = None if calibrate is None else list(calibrate)
+    batches = None if calibrate is None else as_batches(calibrate, "calibrate")
     if batches is not None and not batches:
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
     if options.get("heads") == "auto" or budget is not None:
@@ -219,7 +220,7 @@ def choose_heads(
     Example:
         >>> patch_model(model, degree=3, **choose_heads(model, batches, degree=3, budget=0.75))
     """
-    batches = list(batches)
+    batches = as_batches(batches)
     if degree is not None:
         options["degree"] = degree
     config = resolve_config(activation, **{"alpha": "auto", "gain": "auto", **options})

@@ -11,9 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    BatchEncoding,
 )
 
-from hf_polyattn import calibrate_gain, patch_model
+from hf_polyattn import calibrate, calibrate_gain, choose_heads, patch_model
 from hf_polyattn.activations import frobenius_gain
 from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.calibration import GainObserver
@@ -280,6 +281,37 @@ def test_calibration_that_could_do_nothing_is_refused():
         calibrate_gain(patch_model(model, "monomial"), [batch])
     with pytest.raises(ValueError, match="nothing to calibrate"):
         patch_model(model, "relu", calibrate=[batch])
+
+
+IDS = token_ids()
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [
+        ({"input_ids": IDS}, r"takes a list of batches: {name}=\[batch\]"),
+        (BatchEncoding({"input_ids": IDS}), r"takes a list of batches: {name}=\[batch\]"),
+        (IDS, r"takes a list of batches: {name}=\[batch\]"),
+        ("some text", "texts must be tokenised first"),
+        (["some text"], "texts must be tokenised first"),
+        ([["a text", "another"]], "texts must be tokenised first"),
+        ([{"text": ["a text", "another"]}], "texts must be tokenised first"),
+        ([{"input_ids": [[1, 2, 3]]}], 'return_tensors="pt"'),
+        ([[1, 2, 3]], "a batch is a dictionary of model inputs or a tensor of input ids, got list"),
+        ([IDS[0]], r"input_ids must be \[batch, length\], got the shape \[9\]"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_list_of_batches_is_refused_with_the_remedy(batches, match):
+    stock = tiny("gpt2")
+    with pytest.raises(ValueError, match=match.format(name="calibrate")):
+        patch_model(stock, calibrate=batches)
+    assert type(stock).__name__ == "GPT2LMHeadModel"
+    for function in (calibrate, calibrate_gain):
+        with pytest.raises(ValueError, match=match.format(name="batches")):
+            function(patch_model(copy.deepcopy(stock)), batches)
+    with pytest.raises(ValueError, match=match.format(name="batches")):
+        choose_heads(stock, batches)
 
 
 @pytest.mark.parametrize(
