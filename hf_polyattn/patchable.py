@@ -1,10 +1,11 @@
 """What may be patched, and what is refused with the remedy."""
 
+import os
 from typing import Any
 
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import get_architecture
 from .attention import NAME
@@ -18,6 +19,8 @@ TESTED_TRANSFORMERS = ("5.20", "6")
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
+    if not isinstance(model, nn.Module):
+        base_model(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("the model is compiled: patch or unpatch it first, then torch.compile")
     for module in model.modules():
@@ -91,6 +94,12 @@ def _related(name: str, known: str) -> bool:
 
 def base_model(model: Any) -> PreTrainedModel:
     """The PreTrainedModel itself, or the one inside a PEFT model; TypeError for anything else."""
+    if isinstance(model, (str, os.PathLike, type, PretrainedConfig)):
+        what = repr(model) if isinstance(model, (str, type)) else type(model).__name__
+        raise TypeError(
+            f"expected a transformers model, got {what}: load one first, for example "
+            "model = AutoModelForCausalLM.from_pretrained(name)"
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(

@@ -343,6 +343,11 @@ def test_things_that_are_no_transformers_model_are_refused():
     refuses("polynomial_attention", nn.Linear(2, 2), error=TypeError)
     with pytest.raises(TypeError):
         coverage(nn.Linear(2, 2))
+    for thing in ("gpt2", tiny_config("gpt2"), GPT2LMHeadModel):
+        for function in (patch_model, unpatch_model, coverage):
+            with pytest.raises(TypeError, match="load one first, for example .*from_pretrained"):
+                function(thing)
+    refuses("got NoneType", None, error=TypeError)
 
 
 def test_wrapped_and_compiled_models_are_refused(tmp_path):
