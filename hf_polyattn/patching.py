@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activations import change_config, check_activation, get_activation, resolve_config
+from .activations import change_config, check_activation, check_options, get_activation, resolve_config
 from .architectures import get_architecture
 from .attention import NAME
 from .calibration import Fit, Target
@@ -96,12 +96,13 @@ def patch_model(
     Returns:
         the same object, now an instance of a subclass of its class with a model_type of its own.
     Raises:
-        TypeError: for something that is not a Transformers model.
+        TypeError: for something that is not a Transformers model, and for an option that there is not.
         ValueError: for an architecture that cannot be patched, a wrapped model, or options or batches that do not fit.
 
     Example:
         >>> model = patch_model(model, activation="poly", degree=3)
     """
+    check_options(options, others=("config", "calibrate", "fit", "target", "budget"))
     batches = None if calibrate is None else as_batches(calibrate, "calibrate")
     if batches is not None and not batches:
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")

@@ -395,6 +395,21 @@ def test_options_that_do_not_fit_are_refused(match, options):
     assert traces(model) == before
 
 
+def test_a_misspelt_option_is_refused_with_the_nearest_one():
+    model = tiny("gpt2")
+    for name, near in (("degre", "degree"), ("normalisation", "normalization"), ("calibrat", "calibrate")):
+        refuses(
+            f"no option '{name}'; did you mean '{near}'.*The options are .*alpha, .*budget",
+            model,
+            error=TypeError,
+            **{name: 3},
+        )
+    refuses("no option 'xyz'; The options are", model, xyz=1, error=TypeError)
+    with pytest.raises(TypeError, match="did you mean 'layers'"):
+        hf_polyattn.choose_heads(model, [batch_for(model)], layer=[0])
+    assert type(model) is GPT2LMHeadModel
+
+
 def test_unpatching_a_stock_model_is_refused():
     with pytest.raises(ValueError, match="nothing to undo"):
         unpatch_model(tiny("gpt2"))
