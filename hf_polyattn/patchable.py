@@ -1,13 +1,15 @@
 """What may be patched, and what is refused with the remedy."""
 
+import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from packaging.version import Version
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import get_architecture
+from .architectures import Architecture, get_architecture, is_registered, registered
 from .attention import NAME
 from .config import PolyAttentionConfig
 from .models import chosen_heads, chosen_layers
@@ -50,17 +52,15 @@ def check_adapters(model: nn.Module, base: PreTrainedModel, config: PolyAttentio
 
 def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None:
     """Raises where a patch would cover nothing, or another part of the model than asked for."""
-    entry = get_architecture(model.config)
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
-            ": it cannot be patched"
-        )
+    entry = architecture_of(model)
+    _check_interface(model)
     modules = dict(entry.attention_modules(model))
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no module of class {', '.join(entry.attention_classes)} to patch"
         )
+    if why := _out_of_reach(model, modules.values()):
+        raise ValueError(why)
     if missing := [name for name, module in modules.items() if not hasattr(module, "is_causal")]:
         raise ValueError(f"attention modules without is_causal cannot be masked safely: {missing[:3]}")
     if unknown := [
@@ -75,6 +75,59 @@ def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None
     hosts = list(modules.values())
     for index in chosen_layers(config, len(hosts)):
         chosen_heads(config, index, entry.num_heads(hosts[index]))
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """The entry of a model's architecture.
+
+    Raises:
+        ValueError: where there is none, with the call that makes one, or why no entry would help.
+    """
+    if is_registered(model.config):
+        return get_architecture(model.config)
+    _check_interface(model)
+    hosts = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    if not hosts:
+        raise ValueError(
+            f"{type(model).__name__} has no module whose class is called ...Attention: there is nothing to patch"
+        )
+    # wrappers such as T5LayerSelfAttention only hold the module that computes
+    hosts = [module for module in hosts if _calls_interface(type(module))] or hosts
+    if why := _out_of_reach(model, hosts):
+        raise ValueError(why)
+    classes = sorted({type(module).__name__ for module in hosts})
+    raise ValueError(
+        f"no entry for architecture {model.config.model_type!r}; registered: {', '.join(registered())}. Its attention "
+        f"goes through transformers' AttentionInterface: call hf_polyattn.register_architecture("
+        f"{model.config.model_type!r}, {classes}) and test it"
+    )
+
+
+def _check_interface(model: PreTrainedModel) -> None:
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
+            ": it cannot be patched"
+        )
+
+
+def _calls_interface(cls: type) -> bool:
+    """Whether the source of a class fetches its attention function from Transformers, where it can be read."""
+    try:
+        return "get_interface(" in inspect.getsource(cls)
+    except (OSError, TypeError):
+        return False
+
+
+def _out_of_reach(model: PreTrainedModel, hosts: Iterable[nn.Module]) -> str:
+    """Why the attention modules would not notice a patch of the model's configuration; empty where they do."""
+    apart = {type(host).__name__ for host in hosts if getattr(host, "config", model.config) is not model.config}
+    if not apart:
+        return ""
+    return (
+        f"{', '.join(sorted(apart))} of {type(model).__name__} reads a copy of the model's configuration, as the "
+        "parts of encoder-decoder models do, and would go on with softmax: it cannot be patched"
+    )
 
 
 def check_transformers(version: str) -> None:

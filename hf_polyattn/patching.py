@@ -30,7 +30,7 @@ from .models import (
     stock_config,
 )
 from .observing import as_batches
-from .patchable import base_model, check_adapters, check_patchable, check_transformers, unwrap
+from .patchable import architecture_of, base_model, check_adapters, check_patchable, check_transformers, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def choose_heads(
 def coverage(model: nn.Module) -> Coverage:
     """Counts, by module and by head, what is polynomial and what is softmax. Print it."""
     base = base_model(model)
-    entry = get_architecture(base.config)
+    entry = architecture_of(base)
     patched_heads, softmax, heads = {}, [], {}
     for name, module in entry.attention_modules(base):
         heads[name] = entry.num_heads(module)

@@ -25,12 +25,23 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+    Qwen2Model,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
 import hf_polyattn
-from hf_polyattn import PolyAttentionConfig, coverage, patch_model, patched, unpatch_model
+from hf_polyattn import PolyAttentionConfig, architectures, coverage, patch_model, patched, unpatch_model
 from hf_polyattn.models import states
 from hf_polyattn.patchable import check_transformers
+
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+QWEN2_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 16}
+QWEN2_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def traces(model):
@@ -323,16 +334,54 @@ def test_failed_second_patch_keeps_the_first():
 # what a patch refuses
 
 
-def test_architectures_without_an_entry_are_refused():
+@pytest.fixture
+def registry(monkeypatch):
+    """The entries of architectures; those that a test adds go with it."""
+    entries = dict(architectures._REGISTRY)
+    monkeypatch.setattr(architectures, "_REGISTRY", entries)
+    return entries
+
+
+def test_architectures_that_no_entry_would_help_are_refused_with_the_reason(registry):
     bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=16))
-    refuses("no entry for architecture 'bloom'", bloom)
-    hf_polyattn.register_architecture("bloom", ["BloomAttention"], exist_ok=True)
+    mamba = MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=16))
+    t5 = T5ForConditionalGeneration(T5Config(**T5_SIZES))
+    for model, match in (
+        (bloom, "BloomForCausalLM computes its attention by itself"),
+        (mamba, "MambaForCausalLM has no module .* nothing to patch"),
+        (t5, "T5Attention of T5ForConditionalGeneration reads a copy of the model's configuration"),
+    ):
+        for function in (patch_model, coverage):
+            with pytest.raises(ValueError, match=match) as caught:
+                function(model)
+            assert "register_architecture" not in str(caught.value)
+    hf_polyattn.register_architecture("bloom", ["BloomAttention"])
     refuses("computes its attention by itself", bloom)
+    # were it patched, its encoder and decoder would go on with softmax
+    hf_polyattn.register_architecture("t5", ["T5Attention"], initial_spread=lambda module: 1.0)
+    refuses("reads a copy of the model's configuration", t5)
+
+
+def test_architectures_without_an_entry_are_refused_with_the_classes_of_the_model(registry):
+    qwen = Qwen2Model(Qwen2Config(**QWEN2_SIZES))
+    refuses(r"no entry for architecture 'qwen2'; .*register_architecture\('qwen2', \['Qwen2Attention'\]\)", qwen)
+    # the layers around the attention are called so too
+    refuses(r"register_architecture\('t5', \['T5Attention'\]\)", T5EncoderModel(T5Config(**T5_SIZES)))
+    hf_polyattn.register_architecture("qwen2", ["Qwen2Attention"])
+    assert coverage(patch_model(qwen)).total == 1
+
+
+def test_a_field_that_the_configuration_lacks_is_named(registry, monkeypatch):
+    model = T5EncoderModel(T5Config(**T5_SIZES))
+    hf_polyattn.register_architecture("t5", ["T5Attention"])
+    before = traces(model)
+    refuses("T5Config has no field 'initializer_range'.* give register_architecture initial_spread=", model)
+    assert traces(model) == before
+    monkeypatch.setattr(T5Config, "attribute_map", {"hidden_size": "d_model", "head_dim": "d_kv"})
+    refuses("T5Config has no field 'num_attention_heads'.* give register_architecture num_heads=", model)
 
 
 def test_an_entry_that_misses_attention_classes_is_refused(monkeypatch):
-    from hf_polyattn import architectures
-
     monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("BertSelfAttention",)))
     refuses("does not cover .*crossattention", tiny("bert-cross"))
     monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("Nothing",)))
