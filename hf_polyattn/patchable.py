@@ -19,8 +19,8 @@ TESTED_TRANSFORMERS = ("5.20", "6")
 """From this version of transformers on, and below that one."""
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
+def unwrap_outer(model: nn.Module) -> PreTrainedModel:
+    """As `unwrap`, also of a model whose attention state an adapter trains: for what leaves that state alone."""
     if not isinstance(model, nn.Module):
         base_model(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
@@ -30,7 +30,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
             raise ValueError(
                 f"the model is wrapped in {type(module).__name__}: patch or unpatch it first, then wrap or prepare it"
             )
-    base = base_model(model)
+    return base_model(model)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
+    base = unwrap_outer(model)
     children = [module._modules.get(NAME) for module in base.modules()]
     if any(child is not None and not isinstance(child, PolyAttentionState) for child in children):
         raise ValueError(

@@ -1,6 +1,7 @@
 """patch_model and its relatives. Everything happens to the instance; no class and no other model is touched."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,16 @@ from .models import (
     stock_config,
 )
 from .observing import as_batches
-from .patchable import architecture_of, base_model, check_adapters, check_patchable, check_transformers, unwrap
+from .patchable import (
+    architecture_of,
+    base_model,
+    check_adapters,
+    check_patchable,
+    check_transformers,
+    unwrap,
+    unwrap_outer,
+)
+from .state import PolyAttentionState
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +181,39 @@ def _with_measured(
     return change_config(config, **measured)
 
 
+def set_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
+    """Changes the form of the operation of a patched model, in place, and nothing else; returns it for convenience.
+
+    All options and all numbers stay, also those that a PEFT adapter trains.
+
+    Args:
+        model: a patched model, or a PEFT model around one.
+        backend: "auto", "recurrent", "cpu", "fused", "tiled" or "naive"; it is saved with the model.
+    Raises:
+        TypeError: for something that is not a Transformers model.
+        ValueError: for a model that is not patched, a wrapped one, an unknown backend, or one that cannot compute the
+            model's activation. A form that cannot compute a certain input says so when it is called.
+
+    Example:
+        >>> model = set_backend(model, "naive")
+    """
+    base = unwrap_outer(model)
+    if not isinstance(base, PolyModelMixin):
+        raise ValueError(f"{type(base).__name__} is not patched: call patch_model first")
+    before = read_settings(base.config)
+    settings = change_config(before, backend=backend)
+    check_activation(settings)
+    changed = copy.deepcopy(base.config)
+    setattr(changed, NAME, settings.to_dict())
+    _swap_config(model, base.config, changed)
+    for module in base.modules():
+        # not by `states`: an adapter keeps copies, and all of them compute from time to time
+        if isinstance(module, PolyAttentionState):
+            module.config = settings
+    _say(f"backend {backend} instead of {before.backend}; everything else stays")
+    return model
+
+
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Gives the stock class, the stock config and softmax back, in place; weights other than `polyattn.*` stay.
 
@@ -254,7 +297,7 @@ def _to_polynomial(model: Any, settings: PolyAttentionConfig) -> None:
     model._polyattn_before = (model.config._attn_implementation, model.name_or_path)
     # an adapter trained from here on must not name the stock checkpoint as its base: it would load there in silence
     model.name_or_path = ""
-    _swap_config(model, poly_config(model.config, settings))
+    _swap_config(model, model.config, poly_config(model.config, settings))
     become(model, poly_model_class(type(model)))
     attach(model, settings, has_weights=True)
     _set_tags(model, [*(model.model_tags or ()), NAME])
@@ -265,7 +308,7 @@ def _to_softmax(model: Any) -> None:
     default = ("sdpa" if model._supports_sdpa else "eager", "")
     implementation, model.name_or_path = model.__dict__.pop("_polyattn_before", default)
     detach(model)
-    _swap_config(model, stock_config(model.config, implementation))
+    _swap_config(model, model.config, stock_config(model.config, implementation))
     _set_tags(model, [tag for tag in model.model_tags or () if tag != NAME])
 
 
@@ -277,9 +320,8 @@ def _set_tags(model: PreTrainedModel, tags: list[str]) -> None:
         model.__dict__.pop("model_tags", None)
 
 
-def _swap_config(model: PreTrainedModel, new: PreTrainedConfig) -> None:
+def _swap_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Every module of this model that holds the old config gets the new one; other models that share it do not."""
-    old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:
             setattr(module, "config", new)  # noqa: B010  a plain attribute, though modules may declare others
@@ -304,7 +346,7 @@ def _undo_on_error(model: PreTrainedModel) -> Iterator[None]:
             inner.__class__ = cls
         if isinstance(model, PolyModelMixin):
             watch(model)
-        _swap_config(model, config)
+        _swap_config(model, model.config, config)
         _set_tags(model, tags)
         model.__dict__.update(own)
         for module, state in earlier.items():

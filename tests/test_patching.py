@@ -14,6 +14,7 @@ from models import (
     disturb,
     output,
     patched_tiny,
+    same_bits,
     tiny,
     tiny_config,
 )
@@ -35,9 +36,19 @@ from transformers import (
 )
 
 import hf_polyattn
-from hf_polyattn import PolyAttentionConfig, architectures, coverage, patch_model, patched, unpatch_model
+from hf_polyattn import (
+    PolyAttentionConfig,
+    architectures,
+    coverage,
+    ops,
+    patch_model,
+    patched,
+    set_backend,
+    unpatch_model,
+)
 from hf_polyattn.models import states
 from hf_polyattn.patchable import check_transformers
+from hf_polyattn.state import PolyAttentionState
 
 T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
 QWEN2_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 16}
@@ -166,6 +177,67 @@ def test_another_backend_keeps_what_was_learned_and_measured(family, options, tm
         assert source.config.polyattn["backend"] == "naive"
         assert all(torch.equal(before[key], tensor) for key, tensor in state_of(source).items())
         torch.testing.assert_close(output(source), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert-decoder"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True},
+        {"normalization": "l1", "learn_gain": True},
+        {"degree": 2, "learn_affine": True},
+        {"heads": {0: [1, 3]}},
+        {"layers": [1]},
+        {"activation": "monomial"},
+        {"activation": "relu"},
+    ],
+    ids=str,
+)
+def test_setting_the_backend_changes_nothing_else(family, options, tmp_path):
+    model = patched_tiny(family, poly=options)
+    before, expected, settings = state_of(model), output(model), dict(model.config.polyattn)
+    shared = type(model)(model.config)
+    assert set_backend(model, "naive") is model
+    assert model.config.polyattn == {**settings, "backend": "naive"}
+    assert shared.config.polyattn == settings
+    for _, module in model.named_modules():
+        if hasattr(module, "config") and not isinstance(module, PolyAttentionState):
+            assert module.config is model.config
+    assert all(state.config.backend == "naive" for state in states(model).values())
+    assert state_of(model).keys() == before.keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in state_of(model).items())
+    torch.testing.assert_close(output(model), expected)
+    model.save_pretrained(tmp_path)
+    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    set_backend(model, "auto")
+    assert torch.equal(output(model), expected)
+    assert type(unpatch_model(model)).__name__ == type(tiny(family)).__name__
+
+
+def test_the_backend_that_was_set_is_the_one_that_computes(monkeypatch):
+    model = patched_tiny("gpt2", poly={"degree": 2})
+    seen = set()
+    choose = ops.choose_form
+    monkeypatch.setattr(ops, "choose_form", lambda backend, call: seen.add(backend) or choose(backend, call))
+    for backend in ("naive", "tiled", "recurrent", "auto"):
+        seen.clear()
+        output(set_backend(model, backend))
+        assert seen == {backend}
+
+
+def test_backends_that_cannot_be_set_are_refused():
+    with pytest.raises(ValueError, match="is not patched: call patch_model first"):
+        set_backend(tiny("gpt2"), "naive")
+    with pytest.raises(TypeError, match="load one first"):
+        set_backend("gpt2", "naive")
+    model = patched_tiny("gpt2", poly={"activation": "relu"})
+    before = model.config.to_dict()
+    for backend, match in (("quick", "backend must be one of"), ("tiled", "the tiled form knows polynomials only")):
+        with pytest.raises(ValueError, match=match):
+            set_backend(model, backend)
+    with pytest.raises(ValueError, match="the model is compiled"):
+        set_backend(torch.compile(model), "naive")
+    assert model.config.to_dict() == before
 
 
 @pytest.mark.parametrize(
