@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -152,15 +153,45 @@ def _patch(
     reports: list[object] = []
     with _undo_on_error(base):
         earlier = states(base)
+        before = read_settings(base.config) if isinstance(base, PolyModelMixin) else None
+        kept: set[str] = set()
         if isinstance(base, PolyModelMixin):
             _to_softmax(base)
         _to_polynomial(base, config)
         for name, state in states(base).items():
             if name in earlier:
-                state.keep(earlier[name], calibrated=batches is not None)
+                kept |= state.keep(earlier[name], calibrated=batches is not None)
         if batches is not None:
             reports.append(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
-    return [*reports, coverage(base)]
+    if batches is not None and fit == "coefficients":
+        kept.discard("coefficients")
+    return [*reports, f"{coverage(base)}{_what_became_of(before, earlier, config, states(base), kept)}"]
+
+
+def _what_became_of(
+    before: PolyAttentionConfig | None,
+    earlier: Mapping[str, PolyAttentionState],
+    config: PolyAttentionConfig,
+    now: Mapping[str, PolyAttentionState],
+    kept: set[str],
+) -> str:
+    """What a second patch did to the options and the learned or measured numbers of the first; empty for nothing."""
+    if before is None:
+        return ""
+    names = [field.name for field in dataclasses.fields(before)]
+    was = [f"{name}={old!r}" for name in names if (old := getattr(before, name)) != getattr(config, name)]
+    found = list(dict.fromkeys(name for state in earlier.values() for name in state.found))
+    taken = [name for name in found if name in kept]
+    rest = [name for name in found if name not in kept]
+    new = [name for name in rest if any(hasattr(state, name) for state in now.values())]
+    gone = [name for name in rest if name not in new]
+    if not was and not new:
+        return ""
+    lost = sum(len(set(state.heads) - set(now[name].heads if name in now else ())) for name, state in earlier.items())
+    if lost and found:
+        gone.append(f"all numbers of {lost} heads")
+    groups = (("was ", was), ("kept: ", taken), ("new: ", new), ("gone: ", gone))
+    return "".join(f"; {what}{', '.join(items)}" for what, items in groups if items)
 
 
 def _check_unpatched(model: PreTrainedModel) -> None:

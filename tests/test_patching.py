@@ -267,6 +267,39 @@ def test_what_no_longer_means_the_same_starts_anew(change, kept):
         assert torch.equal(tensor, expected[key]), key
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"degree": 5}, "; was degree=3; new: coefficients, alpha, gain"),
+        ({"normalization": "l1"}, "; was normalization='length'; kept: coefficients; new: alpha, gain"),
+        ({"gain": 2.0}, "; was gain='auto'; kept: coefficients, alpha; new: gain"),
+        ({"backend": "naive"}, "; was backend='auto'; kept: coefficients, alpha, gain"),
+        ({"layers": [0]}, "; was layers=None; kept: coefficients, alpha, gain; gone: all numbers of 4 heads"),
+        (
+            {"coefficients": "monomial", "normalization": "length"},
+            "; was coefficients='learnable'; new: alpha, gain; gone: coefficients",
+        ),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_a_second_patch_says_what_became_of_the_numbers(options, said, caplog):
+    model = patched_tiny("gpt2")
+    with caplog.at_level(logging.INFO, "hf_polyattn"):
+        caplog.clear()
+        patch_model(model, **options)
+    assert caplog.messages == [f"{coverage(model)}{said}"]
+
+
+def test_a_second_patch_says_what_was_measured_anew(caplog):
+    model = patched_tiny("gpt2")
+    said_of = {"gain": "; kept: coefficients; new: alpha, gain", "coefficients": "; new: coefficients, alpha, gain"}
+    for fit, said in said_of.items():
+        with caplog.at_level(logging.INFO, "hf_polyattn"):
+            patch_model(model, calibrate=[batch_for(model)], fit=fit)
+        assert caplog.messages[-1] == f"{coverage(model)}{said}"
+
+
 def test_calibration_of_a_patched_model_keeps_its_coefficients():
     model = patched_tiny("gpt2")
     before = state_of(model)
