@@ -12,7 +12,7 @@ from .calibration import calibrate, calibrate_gain
 from .config import PolyAttentionConfig
 from .initialization import start_scores
 from .ops import polynomial_attention
-from .patching import Coverage, choose_heads, coverage, patch_model, patched, unpatch_model
+from .patching import Coverage, choose_heads, coverage, patch_model, patched, set_backend, unpatch_model
 from .recurrent_cache import RecurrentCache
 
 attention.register()
@@ -47,6 +47,7 @@ __all__ = [
     "polynomial_attention",
     "register_activation",
     "register_architecture",
+    "set_backend",
     "start_scores",
     "unpatch_model",
 ]

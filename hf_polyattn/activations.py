@@ -4,8 +4,10 @@ An activation is an element-wise function phi(scores, lengths). Masking, gain an
 operation's business (`ops.naive`), so that every activation obeys the same rules.
 """
 
+import dataclasses
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -82,7 +84,12 @@ def get_activation(name: str) -> Activation:
 
 
 def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConfig:
-    """The config of an activation: its defaults, overridden by `options`."""
+    """The config of an activation: its defaults, overridden by `options`.
+
+    Raises:
+        TypeError: for the name of an option that there is not, with the nearest one.
+    """
+    check_options({*options, *(entry.defaults if isinstance(entry, Activation) else ())})
     if isinstance(entry, str):
         entry = get_activation(entry)
     values = {"activation": entry.name, **entry.defaults, **options}
@@ -97,6 +104,15 @@ def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConf
     config = PolyAttentionConfig(**values)
     _check_fit(entry, config)
     return config
+
+
+def check_options(names: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raises TypeError for a name that is neither a field of PolyAttentionConfig nor one of `others`."""
+    known = [*(field.name for field in dataclasses.fields(PolyAttentionConfig)), *others]
+    for name in sorted(set(names) - set(known)):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TypeError(f"no option {name!r}; {hint}The options are {', '.join(sorted(known))}")
 
 
 def change_config(config: PolyAttentionConfig, **options: Any) -> PolyAttentionConfig:

@@ -12,14 +12,29 @@ from transformers import PretrainedConfig
 STOCK_PREFIX = "polyattn_"
 
 
+def _field(module: Any, name: str) -> Any:
+    """A field of the host's configuration.
+
+    Raises:
+        ValueError: where there is none of this name, with what to give register_architecture instead.
+    """
+    value = getattr(module.config, name, None)
+    if value is None:
+        remedy = "num_heads=" if name == "num_attention_heads" else "initial_spread="
+        raise ValueError(
+            f"{type(module.config).__name__} has no field {name!r}, from which an entry reads the number of heads and "
+            f"the first spread of the scores: give register_architecture {remedy} for {type(module).__name__}"
+        )
+    return value
+
+
 def head_dim(module: nn.Module) -> int:
-    config: Any = module.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = getattr(module.config, "head_dim", None)
+    return size or _field(module, "hidden_size") // _field(module, "num_attention_heads")
 
 
 def _heads_from_config(module: nn.Module) -> int:
-    config: Any = module.config
-    return int(config.num_attention_heads)
+    return int(_field(module, "num_attention_heads"))
 
 
 def _spread_at_initialization(module: nn.Module) -> float:
@@ -29,9 +44,8 @@ def _spread_at_initialization(module: nn.Module) -> float:
     variance head_dim times its square.
     """
     size = head_dim(module)
-    config: Any = module.config
     scaling = getattr(module, "scaling", None) or size**-0.5
-    return scaling * size**0.5 * config.hidden_size * config.initializer_range**2
+    return scaling * size**0.5 * _field(module, "hidden_size") * _field(module, "initializer_range") ** 2
 
 
 def spread_of_weights(entry: "Architecture", module: nn.Module) -> float | None:
@@ -51,11 +65,10 @@ def spread_of_weights(entry: "Architecture", module: nn.Module) -> float | None:
     if not weights or any(not _is_readable(weight) for weight in weights):
         return None
     sizes = [_root_mean_square(weight.detach()) for weight in weights]
-    config: Any = module.config
     size = head_dim(module)
     scaling = getattr(module, "scaling", None) or size**-0.5
     # one fused matrix, or two: the geometric mean squared is rms(W_q) * rms(W_k)
-    spread = scaling * size**0.5 * config.hidden_size * math.prod(sizes) ** (2 / len(sizes))
+    spread = scaling * size**0.5 * _field(module, "hidden_size") * math.prod(sizes) ** (2 / len(sizes))
     return spread if 0 < spread < math.inf else None
 
 
@@ -178,6 +191,16 @@ def register_architecture(
     return entry
 
 
+def registered() -> list[str]:
+    """The model types that have an entry."""
+    return sorted(_REGISTRY)
+
+
+def is_registered(config: PretrainedConfig) -> bool:
+    """Whether a stock or polynomial configuration has an entry."""
+    return config.model_type.removeprefix(STOCK_PREFIX) in _REGISTRY
+
+
 def get_architecture(config: PretrainedConfig) -> Architecture:
     """The entry of a stock or polynomial configuration.
 
@@ -185,9 +208,9 @@ def get_architecture(config: PretrainedConfig) -> Architecture:
         ValueError: with the remedy, for an architecture that nobody has registered.
     """
     model_type = config.model_type.removeprefix(STOCK_PREFIX)
-    if model_type not in _REGISTRY:
+    if not is_registered(config):
         raise ValueError(
-            f"no entry for architecture {model_type!r}; registered: {', '.join(sorted(_REGISTRY))}. If its attention "
+            f"no entry for architecture {model_type!r}; registered: {', '.join(registered())}. If its attention "
             "goes through transformers' AttentionInterface, call hf_polyattn.register_architecture("
             f"{model_type!r}, [names of its attention classes]) and test it; if not, it cannot be patched"
         )

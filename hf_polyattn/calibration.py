@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .coefficient_fit import CoefficientReport, fit_coefficients
 from .models import read_settings, states
-from .observing import Observer, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
+from .observing import Observer, as_batches, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
 from .state import PolyAttentionState
 from .tables import format_span, format_table
 
@@ -88,20 +88,20 @@ class GainObserver(Observer):
         options: dict[str, Any],
     ) -> None:
         keep = keep_mask(query, key, options)
+        rows = self.rows(keep, query)
         if self.measure_output:
             poly, signed = self.state._attend(query, key, value, **options | {"dropout": 0.0, "return_weights": True})
             assert signed is not None
-            rows = keep.any(-1).expand(query.shape[0], query.shape[1], query.shape[2])
             self.total_rows += rows[:, 0].sum().item()
             self.softmax_squares += sum_heads(out.float().square().mean(-1) * rows)
             self.poly_squares += sum_heads(poly.float().square().mean(-1) * rows)
             self.energy += sum_heads(signed.float().square().sum(-1) * rows)
         else:
             scores = scores_of(self.state, query, key, options)
-            kept = keep.expand_as(scores)
-            scores = scores.masked_fill(~kept, 0)
+            used = keep & rows[..., None]
+            scores = scores.masked_fill(~used, 0)
             self.squares += sum_heads(scores.square().sum(-1))
-            self.count += sum_heads(kept.sum(-1).float())
+            self.count += sum_heads(used.sum(-1).float())
             self.peak = torch.maximum(self.peak, scores.abs().amax(dim=(0, 2, 3)).float().cpu())
 
     @property
@@ -157,13 +157,14 @@ def calibrate_gain(
 
     Args:
         model: a patched model.
-        batches: dictionaries of model inputs, or tensors of input ids; a few are enough.
+        batches: dictionaries of model inputs, or tensors of input ids; a few are enough. Rows that attention_mask
+            calls padding do not count.
         target: "output_rms": the polynomial's output starts at the size of softmax's; "frobenius": the weights start
             at ‖A‖_F = sqrt N.
     Returns:
         what was measured; print it.
     Raises:
-        ValueError: for a model that is not patched, no batches, non-finite scores, or nothing left "auto".
+        ValueError: for a model that is not patched, no or unfit batches, non-finite scores, or nothing left "auto".
     """
     found = states(model)
     if not found:
@@ -173,19 +174,19 @@ def calibrate_gain(
     config = read_settings(model.config)
     if config.alpha != "auto" and config.gain != "auto":
         raise ValueError('alpha and gain are fixed numbers in this config: nothing to calibrate; pass gain="auto"')
-    batches = list(batches)
+    batches = as_batches(batches)
     if not batches:
         raise ValueError("no batches to calibrate on: pass a few")
     observers = {name: GainObserver(state) for name, state in found.items()}
     with torch.no_grad(), observing(model, observers):
-        run(model, batches)
+        run(model, batches, observers.values())
         for name, observer in observers.items():
             check_scores(name, observer.squares)
         for name, observer in observers.items():
             if config.alpha == "auto":
                 store(name, observer.state.alpha, 1 / observer.spread)
             observer.measure_output = True
-        run(model, batches)
+        run(model, batches, observers.values())
         factors = {name: observer.gain_factor(target) for name, observer in observers.items()}
         for name, observer in observers.items():
             if config.gain == "auto":

@@ -17,7 +17,7 @@ from .config import PolyAttentionConfig
 from .fit_report import CoefficientReport, HeadFit
 from .fitting import RIDGE, NormalEquations
 from .models import read_settings, states
-from .observing import Observer, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
+from .observing import Observer, as_batches, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
 from .ops import NORMALIZED
 from .ops.normalization import row_scale
 from .state import PolyAttentionState
@@ -161,7 +161,7 @@ def fit_coefficients(
         raise ValueError(f"ridge must be positive, got {ridge}")
     config = read_settings(model.config)
     check_linear(config)
-    batches = list(batches)
+    batches = as_batches(batches)
     if not batches:
         raise ValueError("no batches to calibrate on: pass a few")
     entry = get_architecture(model.config)

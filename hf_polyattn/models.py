@@ -283,7 +283,8 @@ def auto_classes(stock: type[PretrainedConfig]) -> list[tuple[Any, type[PreTrain
         mapping = getattr(auto, "_model_mapping", None)
         if not name.startswith("AutoModel") or mapping is None or stock not in mapping:
             continue
-        if isinstance(base := mapping[stock], type):
+        # an Auto class may list a model of another architecture, which has a configuration of its own
+        if isinstance(base := mapping[stock], type) and getattr(base, "config_class", stock) is stock:
             found.append((auto, base))
     return found
 

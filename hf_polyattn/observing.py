@@ -20,6 +20,10 @@ from .ops.precision import compute_dtype
 from .state import PolyAttentionState
 from .tables import format_span
 
+_TOKENISE = (
+    'texts must be tokenised first: batch = tokenizer(texts, return_tensors="pt", padding=True), and then [batch]'
+)
+
 
 class Observer:
     """Base class: what `state.observer` is set to. Subclasses measure in `observe`."""
@@ -140,9 +144,47 @@ def run(model: PreTrainedModel, batches: Iterable[Any], observers: Iterable[Obse
         )
 
 
+def as_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:
+    """`batches` as a list, each of them looked at; `name` is what the caller's argument is called.
+
+    Raises:
+        ValueError: for one batch without the brackets of a list, and for what is no batch of tensors.
+    """
+    if isinstance(batches, (Mapping, torch.Tensor)):
+        raise ValueError(f"{name} takes a list of batches: {name}=[batch]")
+    if isinstance(batches, str):
+        raise ValueError(f"{name} takes a list of batches, and {_TOKENISE}")
+    batches = list(batches)
+    for batch in batches:
+        as_inputs(batch)
+    return batches
+
+
 def as_inputs(batch: Any) -> dict[str, Any]:
-    """A batch as a dictionary of model inputs; a tensor holds input ids."""
-    return {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+    """A batch as a dictionary of model inputs; a tensor holds input ids.
+
+    Raises:
+        ValueError: for anything else, such as texts or lists of numbers.
+    """
+    inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+    if _holds_text(inputs) or (isinstance(inputs, Mapping) and any(map(_holds_text, inputs.values()))):
+        raise ValueError(_TOKENISE)
+    if not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"a batch is a dictionary of model inputs or a tensor of input ids, got {type(batch).__name__}"
+        )
+    if isinstance(ids := inputs.get("input_ids"), (list, tuple)):
+        raise ValueError('input_ids must be a tensor [batch, length], got a list: tokenise with return_tensors="pt"')
+    if isinstance(ids, torch.Tensor) and ids.ndim < 2:
+        raise ValueError(f"input_ids must be [batch, length], got the shape {list(ids.shape)}")
+    return dict(inputs)
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether it is a text, or texts in lists."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return isinstance(value, str)
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -1,12 +1,15 @@
 """What may be patched, and what is refused with the remedy."""
 
+import inspect
+import os
+from collections.abc import Iterable
 from typing import Any
 
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import get_architecture
+from .architectures import Architecture, get_architecture, is_registered, registered
 from .attention import NAME
 from .config import PolyAttentionConfig
 from .models import chosen_heads, chosen_layers
@@ -16,8 +19,10 @@ TESTED_TRANSFORMERS = ("5.20", "6")
 """From this version of transformers on, and below that one."""
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
+def unwrap_outer(model: nn.Module) -> PreTrainedModel:
+    """As `unwrap`, also of a model whose attention state an adapter trains: for what leaves that state alone."""
+    if not isinstance(model, nn.Module):
+        base_model(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("the model is compiled: patch or unpatch it first, then torch.compile")
     for module in model.modules():
@@ -25,7 +30,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
             raise ValueError(
                 f"the model is wrapped in {type(module).__name__}: patch or unpatch it first, then wrap or prepare it"
             )
-    base = base_model(model)
+    return base_model(model)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The PreTrainedModel inside `model`; refuses wrappers that would not notice the change, with the remedy."""
+    base = unwrap_outer(model)
     children = [module._modules.get(NAME) for module in base.modules()]
     if any(child is not None and not isinstance(child, PolyAttentionState) for child in children):
         raise ValueError(
@@ -47,17 +57,15 @@ def check_adapters(model: nn.Module, base: PreTrainedModel, config: PolyAttentio
 
 def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None:
     """Raises where a patch would cover nothing, or another part of the model than asked for."""
-    entry = get_architecture(model.config)
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
-            ": it cannot be patched"
-        )
+    entry = architecture_of(model)
+    _check_interface(model)
     modules = dict(entry.attention_modules(model))
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no module of class {', '.join(entry.attention_classes)} to patch"
         )
+    if why := _out_of_reach(model, modules.values()):
+        raise ValueError(why)
     if missing := [name for name, module in modules.items() if not hasattr(module, "is_causal")]:
         raise ValueError(f"attention modules without is_causal cannot be masked safely: {missing[:3]}")
     if unknown := [
@@ -72,6 +80,59 @@ def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None
     hosts = list(modules.values())
     for index in chosen_layers(config, len(hosts)):
         chosen_heads(config, index, entry.num_heads(hosts[index]))
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """The entry of a model's architecture.
+
+    Raises:
+        ValueError: where there is none, with the call that makes one, or why no entry would help.
+    """
+    if is_registered(model.config):
+        return get_architecture(model.config)
+    _check_interface(model)
+    hosts = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    if not hosts:
+        raise ValueError(
+            f"{type(model).__name__} has no module whose class is called ...Attention: there is nothing to patch"
+        )
+    # wrappers such as T5LayerSelfAttention only hold the module that computes
+    hosts = [module for module in hosts if _calls_interface(type(module))] or hosts
+    if why := _out_of_reach(model, hosts):
+        raise ValueError(why)
+    classes = sorted({type(module).__name__ for module in hosts})
+    raise ValueError(
+        f"no entry for architecture {model.config.model_type!r}; registered: {', '.join(registered())}. Its attention "
+        f"goes through transformers' AttentionInterface: call hf_polyattn.register_architecture("
+        f"{model.config.model_type!r}, {classes}) and test it"
+    )
+
+
+def _check_interface(model: PreTrainedModel) -> None:
+    if not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
+            ": it cannot be patched"
+        )
+
+
+def _calls_interface(cls: type) -> bool:
+    """Whether the source of a class fetches its attention function from Transformers, where it can be read."""
+    try:
+        return "get_interface(" in inspect.getsource(cls)
+    except (OSError, TypeError):
+        return False
+
+
+def _out_of_reach(model: PreTrainedModel, hosts: Iterable[nn.Module]) -> str:
+    """Why the attention modules would not notice a patch of the model's configuration; empty where they do."""
+    apart = {type(host).__name__ for host in hosts if getattr(host, "config", model.config) is not model.config}
+    if not apart:
+        return ""
+    return (
+        f"{', '.join(sorted(apart))} of {type(model).__name__} reads a copy of the model's configuration, as the "
+        "parts of encoder-decoder models do, and would go on with softmax: it cannot be patched"
+    )
 
 
 def check_transformers(version: str) -> None:
@@ -91,6 +152,12 @@ def _related(name: str, known: str) -> bool:
 
 def base_model(model: Any) -> PreTrainedModel:
     """The PreTrainedModel itself, or the one inside a PEFT model; TypeError for anything else."""
+    if isinstance(model, (str, os.PathLike, type, PretrainedConfig)):
+        what = repr(model) if isinstance(model, (str, type)) else type(model).__name__
+        raise TypeError(
+            f"expected a transformers model, got {what}: load one first, for example "
+            "model = AutoModelForCausalLM.from_pretrained(name)"
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(

@@ -1,6 +1,8 @@
 """patch_model and its relatives. Everything happens to the instance; no class and no other model is touched."""
 
 import contextlib
+import copy
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activations import change_config, check_activation, get_activation, resolve_config
+from .activations import change_config, check_activation, check_options, get_activation, resolve_config
 from .architectures import get_architecture
 from .attention import NAME
 from .calibration import Fit, Target
@@ -29,7 +31,17 @@ from .models import (
     states,
     stock_config,
 )
-from .patchable import base_model, check_adapters, check_patchable, check_transformers, unwrap
+from .observing import as_batches
+from .patchable import (
+    architecture_of,
+    base_model,
+    check_adapters,
+    check_patchable,
+    check_transformers,
+    unwrap,
+    unwrap_outer,
+)
+from .state import PolyAttentionState
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +107,14 @@ def patch_model(
     Returns:
         the same object, now an instance of a subclass of its class with a model_type of its own.
     Raises:
-        TypeError: for something that is not a Transformers model.
-        ValueError: for an architecture that cannot be patched, a wrapped model, or options that do not fit.
+        TypeError: for something that is not a Transformers model, and for an option that there is not.
+        ValueError: for an architecture that cannot be patched, a wrapped model, or options or batches that do not fit.
 
     Example:
         >>> model = patch_model(model, activation="poly", degree=3)
     """
-    is_named = config is None
-    batches = None if calibrate is None else list(calibrate)
+    check_options(options, others=("config", "calibrate", "fit", "target", "budget"))
+    batches = None if calibrate is None else as_batches(calibrate, "calibrate")
     if batches is not None and not batches:
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
     if options.get("heads") == "auto" or budget is not None:
@@ -117,29 +129,77 @@ def patch_model(
         if batches is not None and get_activation(activation).is_polynomial:
             # asked to measure, a preset's fixed numbers give way
             options = {"alpha": "auto", "gain": "auto", **options}
-        config = resolve_config(activation, **options)
+        config = _with_measured(unwrap(model), resolve_config(activation, **options), options)
     elif options or degree is not None or activation != "poly":
         raise ValueError("give either config= or activation, degree and options, not both")
+    for report in _patch(model, config, batches, fit, target):
+        _say(report)
+    return model
+
+
+def _patch(
+    model: PreTrainedModel,
+    config: PolyAttentionConfig,
+    batches: list[Any] | None = None,
+    fit: Fit = "gain",
+    target: Target = "output_rms",
+) -> list[object]:
+    """What patch_model does once the options are a config, without a word; returns what there is to say."""
     check_activation(config)
     check_transformers(transformers.__version__)
     base = unwrap(model)
-    if is_named:
-        config = _with_measured(base, config, options)
     check_adapters(model, base, config)
     check_patchable(base, config)
-
+    reports: list[object] = []
     with _undo_on_error(base):
         earlier = states(base)
+        before = read_settings(base.config) if isinstance(base, PolyModelMixin) else None
+        kept: set[str] = set()
         if isinstance(base, PolyModelMixin):
             _to_softmax(base)
         _to_polynomial(base, config)
         for name, state in states(base).items():
             if name in earlier:
-                state.keep(earlier[name], calibrated=batches is not None)
+                kept |= state.keep(earlier[name], calibrated=batches is not None)
         if batches is not None:
-            _say(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
-    _say(coverage(base))
-    return model
+            reports.append(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
+    if batches is not None and fit == "coefficients":
+        kept.discard("coefficients")
+    return [*reports, f"{coverage(base)}{_what_became_of(before, earlier, config, states(base), kept)}"]
+
+
+def _what_became_of(
+    before: PolyAttentionConfig | None,
+    earlier: Mapping[str, PolyAttentionState],
+    config: PolyAttentionConfig,
+    now: Mapping[str, PolyAttentionState],
+    kept: set[str],
+) -> str:
+    """What a second patch did to the options and the learned or measured numbers of the first; empty for nothing."""
+    if before is None:
+        return ""
+    names = [field.name for field in dataclasses.fields(before)]
+    was = [f"{name}={old!r}" for name in names if (old := getattr(before, name)) != getattr(config, name)]
+    found = list(dict.fromkeys(name for state in earlier.values() for name in state.found))
+    taken = [name for name in found if name in kept]
+    rest = [name for name in found if name not in kept]
+    new = [name for name in rest if any(hasattr(state, name) for state in now.values())]
+    gone = [name for name in rest if name not in new]
+    if not was and not new:
+        return ""
+    lost = sum(len(set(state.heads) - set(now[name].heads if name in now else ())) for name, state in earlier.items())
+    if lost and found:
+        gone.append(f"all numbers of {lost} heads")
+    groups = (("was ", was), ("kept: ", taken), ("new: ", new), ("gone: ", gone))
+    return "".join(f"; {what}{', '.join(items)}" for what, items in groups if items)
+
+
+def _check_unpatched(model: PreTrainedModel) -> None:
+    """Raises where a patch for a while would lose the state of an earlier one."""
+    if isinstance(base_model(model), PolyModelMixin):
+        raise ValueError(
+            "the model is patched already: a patch for a while could not give its learned state back; unpatch it first"
+        )
 
 
 def _with_measured(
@@ -150,6 +210,39 @@ def _with_measured(
         return config
     measured = {name: "auto" for name in ("alpha", "gain") if getattr(own, name) == "auto" and name not in named}
     return change_config(config, **measured)
+
+
+def set_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
+    """Changes the form of the operation of a patched model, in place, and nothing else; returns it for convenience.
+
+    All options and all numbers stay, also those that a PEFT adapter trains.
+
+    Args:
+        model: a patched model, or a PEFT model around one.
+        backend: "auto", "recurrent", "cpu", "fused", "tiled" or "naive"; it is saved with the model.
+    Raises:
+        TypeError: for something that is not a Transformers model.
+        ValueError: for a model that is not patched, a wrapped one, an unknown backend, or one that cannot compute the
+            model's activation. A form that cannot compute a certain input says so when it is called.
+
+    Example:
+        >>> model = set_backend(model, "naive")
+    """
+    base = unwrap_outer(model)
+    if not isinstance(base, PolyModelMixin):
+        raise ValueError(f"{type(base).__name__} is not patched: call patch_model first")
+    before = read_settings(base.config)
+    settings = change_config(before, backend=backend)
+    check_activation(settings)
+    changed = copy.deepcopy(base.config)
+    setattr(changed, NAME, settings.to_dict())
+    _swap_config(model, base.config, changed)
+    for module in base.modules():
+        # not by `states`: an adapter keeps copies, and all of them compute from time to time
+        if isinstance(module, PolyAttentionState):
+            module.config = settings
+    _say(f"backend {backend} instead of {before.backend}; everything else stays")
+    return model
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -170,11 +263,7 @@ def patched(
     model: PreTrainedModel, activation: str = "poly", degree: int | None = None, **kwargs: Any
 ) -> Iterator[Any]:
     """`patch_model` for the length of a with block; the model comes out as it went in."""
-    base = base_model(model)
-    if isinstance(base, PolyModelMixin):
-        raise ValueError(
-            "the model is patched already: patched() could not give its learned state back; unpatch it first"
-        )
+    _check_unpatched(model)
     patch_model(model, activation, degree, **kwargs)
     try:
         yield model
@@ -206,15 +295,23 @@ def choose_heads(
     Example:
         >>> patch_model(model, degree=3, **choose_heads(model, batches, degree=3, budget=0.75))
     """
-    batches = list(batches)
-    with patched(model, activation, degree, **{"alpha": "auto", "gain": "auto", **options}):
+    batches = as_batches(batches)
+    if degree is not None:
+        options["degree"] = degree
+    config = resolve_config(activation, **{"alpha": "auto", "gain": "auto", **options})
+    _check_unpatched(model)
+    # in silence: what is patched here to be measured is not what the caller gets
+    _patch(model, config)
+    try:
         return fit_coefficients(base_model(model), batches).easiest(budget)
+    finally:
+        unpatch_model(model)
 
 
 def coverage(model: nn.Module) -> Coverage:
     """Counts, by module and by head, what is polynomial and what is softmax. Print it."""
     base = base_model(model)
-    entry = get_architecture(base.config)
+    entry = architecture_of(base)
     patched_heads, softmax, heads = {}, [], {}
     for name, module in entry.attention_modules(base):
         heads[name] = entry.num_heads(module)
@@ -231,7 +328,7 @@ def _to_polynomial(model: Any, settings: PolyAttentionConfig) -> None:
     model._polyattn_before = (model.config._attn_implementation, model.name_or_path)
     # an adapter trained from here on must not name the stock checkpoint as its base: it would load there in silence
     model.name_or_path = ""
-    _swap_config(model, poly_config(model.config, settings))
+    _swap_config(model, model.config, poly_config(model.config, settings))
     become(model, poly_model_class(type(model)))
     attach(model, settings, has_weights=True)
     _set_tags(model, [*(model.model_tags or ()), NAME])
@@ -242,7 +339,7 @@ def _to_softmax(model: Any) -> None:
     default = ("sdpa" if model._supports_sdpa else "eager", "")
     implementation, model.name_or_path = model.__dict__.pop("_polyattn_before", default)
     detach(model)
-    _swap_config(model, stock_config(model.config, implementation))
+    _swap_config(model, model.config, stock_config(model.config, implementation))
     _set_tags(model, [tag for tag in model.model_tags or () if tag != NAME])
 
 
@@ -254,9 +351,8 @@ def _set_tags(model: PreTrainedModel, tags: list[str]) -> None:
         model.__dict__.pop("model_tags", None)
 
 
-def _swap_config(model: PreTrainedModel, new: PreTrainedConfig) -> None:
+def _swap_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Every module of this model that holds the old config gets the new one; other models that share it do not."""
-    old = model.config
     for module in model.modules():
         if getattr(module, "config", None) is old:
             setattr(module, "config", new)  # noqa: B010  a plain attribute, though modules may declare others
@@ -281,7 +377,7 @@ def _undo_on_error(model: PreTrainedModel) -> Iterator[None]:
             inner.__class__ = cls
         if isinstance(model, PolyModelMixin):
             watch(model)
-        _swap_config(model, config)
+        _swap_config(model, model.config, config)
         _set_tags(model, tags)
         model.__dict__.update(own)
         for module, state in earlier.items():

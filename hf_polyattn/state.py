@@ -82,6 +82,18 @@ class PolyAttentionState(nn.Module):
         return self.activation.is_polynomial and self.config.coefficients != "monomial"
 
     @property
+    def found(self) -> list[str]:
+        """Names of the tensors that training or calibration may have moved off what the config says."""
+        config = self.config
+        may_have = {
+            "coefficients": self.has_coefficients and config.coefficients == "learnable",
+            "alpha": config.learn_affine or config.alpha == "auto",
+            "beta": config.learn_affine,
+            "gain": config.learn_gain or config.gain == "auto",
+        }
+        return [name for name, may in may_have.items() if may]
+
+    @property
     def is_plain_power(self) -> bool:
         """Whether phi is a bare s^p of an unshifted score; beta is not read then."""
         config = self.config
@@ -119,11 +131,14 @@ class PolyAttentionState(nn.Module):
         return config.init_coefficients or default_start(config.degree)
 
     @torch.no_grad()
-    def keep(self, old: "PolyAttentionState", *, calibrated: bool) -> None:
+    def keep(self, old: "PolyAttentionState", *, calibrated: bool) -> set[str]:
         """Takes the numbers that mean the same here from an earlier state of the same module, head by head.
 
         Coefficients of the same activation and the same start; alpha, beta and gain of the same function, where the
         config does not name another value. calibrated: what is "auto" will be measured, and is not taken.
+
+        Returns:
+            the names of the tensors that were taken.
         """
         config, before = self.config, old.config
         names = []
@@ -138,6 +153,7 @@ class PolyAttentionState(nn.Module):
         for name in names:
             tensor, source = getattr(self, name), getattr(old, name)
             tensor[[mine.index(head) for head in common]] = source[[theirs.index(head) for head in common]].to(tensor)
+        return set(names)
 
     def analytic_gain(self) -> float:
         """What makes ‖A‖_F^2 = N for unit Gaussian scores under "sqrt_length"; 1 elsewhere and for given coefficients.

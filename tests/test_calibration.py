@@ -11,9 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    BatchEncoding,
 )
 
-from hf_polyattn import calibrate_gain, patch_model
+from hf_polyattn import calibrate, calibrate_gain, choose_heads, patch_model
 from hf_polyattn.activations import frobenius_gain
 from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.calibration import GainObserver
@@ -34,7 +35,10 @@ def test_spread_is_the_root_mean_square_of_the_scores_that_count(family, auto, r
     report = calibrate_gain(model, batches)
     assert report.batches == 2
     assert list(report.modules) == list(states(model))
-    for measures, seen in zip(report.modules.values(), record(stock, batches), strict=True):
+    # [B, 1, T, 1] of each batch: rows of padding do not count
+    real = [batch.get("attention_mask", torch.ones(2, 9))[:, None, :, None].bool() for batch in batches]
+    for measures, recorded in zip(report.modules.values(), record(stock, batches), strict=True):
+        seen = [(scores, keep & rows, out * rows) for (scores, keep, out), rows in zip(recorded, real, strict=True)]
         squares = sum((scores.square() * keep).sum((0, 2, 3)) for scores, keep, _ in seen)
         count = sum(keep.sum((0, 2, 3)) for _, keep, _ in seen)
         assert torch.allclose(measures.spread, (squares / count).sqrt().float(), rtol=1e-4)
@@ -45,6 +49,24 @@ def test_spread_is_the_root_mean_square_of_the_scores_that_count(family, auto, r
         assert torch.allclose(measures.softmax_rms, (energy / rows).sqrt().float(), rtol=1e-3)
     for state, measures in zip(states(model).values(), report.modules.values(), strict=True):
         assert torch.allclose(state.alpha, (1 / measures.spread).double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["output_rms", "frobenius"])
+@pytest.mark.parametrize(("family", "auto"), FAMILIES)
+def test_padding_changes_no_gain(family, auto, target):
+    model = patch_model(tiny(family, auto))
+    padded = copy.deepcopy(model)
+    ids = token_ids(2, 6)
+    calibrate_gain(model, [ids], target=target)
+    mask = torch.ones_like(ids)
+    longer = {
+        "input_ids": torch.cat([ids, token_ids(2, 5, seed=1)], 1),
+        "attention_mask": torch.cat([mask, 0 * mask[:, 1:]], 1),
+    }
+    calibrate_gain(padded, [longer], target=target)
+    for expected, state in zip(states(model).values(), states(padded).values(), strict=True):
+        assert torch.allclose(state.alpha, expected.alpha, rtol=1e-6)
+        assert torch.allclose(state.gain, expected.gain, rtol=1e-6)
 
 
 def test_qk_norm_is_part_of_the_score(record):
@@ -259,6 +281,37 @@ def test_calibration_that_could_do_nothing_is_refused():
         calibrate_gain(patch_model(model, "monomial"), [batch])
     with pytest.raises(ValueError, match="nothing to calibrate"):
         patch_model(model, "relu", calibrate=[batch])
+
+
+IDS = token_ids()
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [
+        ({"input_ids": IDS}, r"takes a list of batches: {name}=\[batch\]"),
+        (BatchEncoding({"input_ids": IDS}), r"takes a list of batches: {name}=\[batch\]"),
+        (IDS, r"takes a list of batches: {name}=\[batch\]"),
+        ("some text", "texts must be tokenised first"),
+        (["some text"], "texts must be tokenised first"),
+        ([["a text", "another"]], "texts must be tokenised first"),
+        ([{"text": ["a text", "another"]}], "texts must be tokenised first"),
+        ([{"input_ids": [[1, 2, 3]]}], 'return_tensors="pt"'),
+        ([[1, 2, 3]], "a batch is a dictionary of model inputs or a tensor of input ids, got list"),
+        ([IDS[0]], r"input_ids must be \[batch, length\], got the shape \[9\]"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_list_of_batches_is_refused_with_the_remedy(batches, match):
+    stock = tiny("gpt2")
+    with pytest.raises(ValueError, match=match.format(name="calibrate")):
+        patch_model(stock, calibrate=batches)
+    assert type(stock).__name__ == "GPT2LMHeadModel"
+    for function in (calibrate, calibrate_gain):
+        with pytest.raises(ValueError, match=match.format(name="batches")):
+            function(patch_model(copy.deepcopy(stock)), batches)
+    with pytest.raises(ValueError, match=match.format(name="batches")):
+        choose_heads(stock, batches)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Coefficients by least squares: against a dense solution, what is reported, what is chosen, what is refused."""
 
 import copy
+import logging
 
 import numpy as np
 import pytest
@@ -268,6 +269,14 @@ def test_share_of_scores_beyond_the_calibrated_range():
 
 
 # which heads
+
+
+def test_only_the_heads_that_are_kept_are_reported(caplog):
+    model = tiny("gpt2")
+    with caplog.at_level(logging.INFO, "hf_polyattn"):
+        patch_model(model, heads="auto", budget=0.75, calibrate=padded_batches(model))
+    assert [line for line in caplog.messages if "patched" in line] == [str(coverage(model))]
+    assert "(6 of 8 heads)" in caplog.messages[-1]
 
 
 def test_the_hardest_heads_stay_softmax():

@@ -14,6 +14,7 @@ from models import (
     disturb,
     output,
     patched_tiny,
+    same_bits,
     tiny,
     tiny_config,
 )
@@ -25,12 +26,33 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+    Qwen2Model,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
 import hf_polyattn
-from hf_polyattn import PolyAttentionConfig, coverage, patch_model, patched, unpatch_model
+from hf_polyattn import (
+    PolyAttentionConfig,
+    architectures,
+    coverage,
+    ops,
+    patch_model,
+    patched,
+    set_backend,
+    unpatch_model,
+)
 from hf_polyattn.models import states
 from hf_polyattn.patchable import check_transformers
+from hf_polyattn.state import PolyAttentionState
+
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+QWEN2_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 16}
+QWEN2_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def traces(model):
@@ -157,6 +179,67 @@ def test_another_backend_keeps_what_was_learned_and_measured(family, options, tm
         torch.testing.assert_close(output(source), expected)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert-decoder"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True},
+        {"normalization": "l1", "learn_gain": True},
+        {"degree": 2, "learn_affine": True},
+        {"heads": {0: [1, 3]}},
+        {"layers": [1]},
+        {"activation": "monomial"},
+        {"activation": "relu"},
+    ],
+    ids=str,
+)
+def test_setting_the_backend_changes_nothing_else(family, options, tmp_path):
+    model = patched_tiny(family, poly=options)
+    before, expected, settings = state_of(model), output(model), dict(model.config.polyattn)
+    shared = type(model)(model.config)
+    assert set_backend(model, "naive") is model
+    assert model.config.polyattn == {**settings, "backend": "naive"}
+    assert shared.config.polyattn == settings
+    for _, module in model.named_modules():
+        if hasattr(module, "config") and not isinstance(module, PolyAttentionState):
+            assert module.config is model.config
+    assert all(state.config.backend == "naive" for state in states(model).values())
+    assert state_of(model).keys() == before.keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in state_of(model).items())
+    torch.testing.assert_close(output(model), expected)
+    model.save_pretrained(tmp_path)
+    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    set_backend(model, "auto")
+    assert torch.equal(output(model), expected)
+    assert type(unpatch_model(model)).__name__ == type(tiny(family)).__name__
+
+
+def test_the_backend_that_was_set_is_the_one_that_computes(monkeypatch):
+    model = patched_tiny("gpt2", poly={"degree": 2})
+    seen = set()
+    choose = ops.choose_form
+    monkeypatch.setattr(ops, "choose_form", lambda backend, call: seen.add(backend) or choose(backend, call))
+    for backend in ("naive", "tiled", "recurrent", "auto"):
+        seen.clear()
+        output(set_backend(model, backend))
+        assert seen == {backend}
+
+
+def test_backends_that_cannot_be_set_are_refused():
+    with pytest.raises(ValueError, match="is not patched: call patch_model first"):
+        set_backend(tiny("gpt2"), "naive")
+    with pytest.raises(TypeError, match="load one first"):
+        set_backend("gpt2", "naive")
+    model = patched_tiny("gpt2", poly={"activation": "relu"})
+    before = model.config.to_dict()
+    for backend, match in (("quick", "backend must be one of"), ("tiled", "the tiled form knows polynomials only")):
+        with pytest.raises(ValueError, match=match):
+            set_backend(model, backend)
+    with pytest.raises(ValueError, match="the model is compiled"):
+        set_backend(torch.compile(model), "naive")
+    assert model.config.to_dict() == before
+
+
 @pytest.mark.parametrize(
     ("change", "kept"),
     [
@@ -182,6 +265,39 @@ def test_what_no_longer_means_the_same_starts_anew(change, kept):
     for key, tensor in state_of(model).items():
         expected = before if key.rsplit(".", 1)[1] in kept else fresh
         assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"degree": 5}, "; was degree=3; new: coefficients, alpha, gain"),
+        ({"normalization": "l1"}, "; was normalization='length'; kept: coefficients; new: alpha, gain"),
+        ({"gain": 2.0}, "; was gain='auto'; kept: coefficients, alpha; new: gain"),
+        ({"backend": "naive"}, "; was backend='auto'; kept: coefficients, alpha, gain"),
+        ({"layers": [0]}, "; was layers=None; kept: coefficients, alpha, gain; gone: all numbers of 4 heads"),
+        (
+            {"coefficients": "monomial", "normalization": "length"},
+            "; was coefficients='learnable'; new: alpha, gain; gone: coefficients",
+        ),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_a_second_patch_says_what_became_of_the_numbers(options, said, caplog):
+    model = patched_tiny("gpt2")
+    with caplog.at_level(logging.INFO, "hf_polyattn"):
+        caplog.clear()
+        patch_model(model, **options)
+    assert caplog.messages == [f"{coverage(model)}{said}"]
+
+
+def test_a_second_patch_says_what_was_measured_anew(caplog):
+    model = patched_tiny("gpt2")
+    said_of = {"gain": "; kept: coefficients; new: alpha, gain", "coefficients": "; new: coefficients, alpha, gain"}
+    for fit, said in said_of.items():
+        with caplog.at_level(logging.INFO, "hf_polyattn"):
+            patch_model(model, calibrate=[batch_for(model)], fit=fit)
+        assert caplog.messages[-1] == f"{coverage(model)}{said}"
 
 
 def test_calibration_of_a_patched_model_keeps_its_coefficients():
@@ -323,16 +439,54 @@ def test_failed_second_patch_keeps_the_first():
 # what a patch refuses
 
 
-def test_architectures_without_an_entry_are_refused():
+@pytest.fixture
+def registry(monkeypatch):
+    """The entries of architectures; those that a test adds go with it."""
+    entries = dict(architectures._REGISTRY)
+    monkeypatch.setattr(architectures, "_REGISTRY", entries)
+    return entries
+
+
+def test_architectures_that_no_entry_would_help_are_refused_with_the_reason(registry):
     bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=16))
-    refuses("no entry for architecture 'bloom'", bloom)
-    hf_polyattn.register_architecture("bloom", ["BloomAttention"], exist_ok=True)
+    mamba = MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=16))
+    t5 = T5ForConditionalGeneration(T5Config(**T5_SIZES))
+    for model, match in (
+        (bloom, "BloomForCausalLM computes its attention by itself"),
+        (mamba, "MambaForCausalLM has no module .* nothing to patch"),
+        (t5, "T5Attention of T5ForConditionalGeneration reads a copy of the model's configuration"),
+    ):
+        for function in (patch_model, coverage):
+            with pytest.raises(ValueError, match=match) as caught:
+                function(model)
+            assert "register_architecture" not in str(caught.value)
+    hf_polyattn.register_architecture("bloom", ["BloomAttention"])
     refuses("computes its attention by itself", bloom)
+    # were it patched, its encoder and decoder would go on with softmax
+    hf_polyattn.register_architecture("t5", ["T5Attention"], initial_spread=lambda module: 1.0)
+    refuses("reads a copy of the model's configuration", t5)
+
+
+def test_architectures_without_an_entry_are_refused_with_the_classes_of_the_model(registry):
+    qwen = Qwen2Model(Qwen2Config(**QWEN2_SIZES))
+    refuses(r"no entry for architecture 'qwen2'; .*register_architecture\('qwen2', \['Qwen2Attention'\]\)", qwen)
+    # the layers around the attention are called so too
+    refuses(r"register_architecture\('t5', \['T5Attention'\]\)", T5EncoderModel(T5Config(**T5_SIZES)))
+    hf_polyattn.register_architecture("qwen2", ["Qwen2Attention"])
+    assert coverage(patch_model(qwen)).total == 1
+
+
+def test_a_field_that_the_configuration_lacks_is_named(registry, monkeypatch):
+    model = T5EncoderModel(T5Config(**T5_SIZES))
+    hf_polyattn.register_architecture("t5", ["T5Attention"])
+    before = traces(model)
+    refuses("T5Config has no field 'initializer_range'.* give register_architecture initial_spread=", model)
+    assert traces(model) == before
+    monkeypatch.setattr(T5Config, "attribute_map", {"hidden_size": "d_model", "head_dim": "d_kv"})
+    refuses("T5Config has no field 'num_attention_heads'.* give register_architecture num_heads=", model)
 
 
 def test_an_entry_that_misses_attention_classes_is_refused(monkeypatch):
-    from hf_polyattn import architectures
-
     monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("BertSelfAttention",)))
     refuses("does not cover .*crossattention", tiny("bert-cross"))
     monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("Nothing",)))
@@ -343,6 +497,11 @@ def test_things_that_are_no_transformers_model_are_refused():
     refuses("polynomial_attention", nn.Linear(2, 2), error=TypeError)
     with pytest.raises(TypeError):
         coverage(nn.Linear(2, 2))
+    for thing in ("gpt2", tiny_config("gpt2"), GPT2LMHeadModel):
+        for function in (patch_model, unpatch_model, coverage):
+            with pytest.raises(TypeError, match="load one first, for example .*from_pretrained"):
+                function(thing)
+    refuses("got NoneType", None, error=TypeError)
 
 
 def test_wrapped_and_compiled_models_are_refused(tmp_path):
@@ -388,6 +547,21 @@ def test_options_that_do_not_fit_are_refused(match, options):
     before = traces(model)
     refuses(match, model, **options)
     assert traces(model) == before
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest_one():
+    model = tiny("gpt2")
+    for name, near in (("degre", "degree"), ("normalisation", "normalization"), ("calibrat", "calibrate")):
+        refuses(
+            f"no option '{name}'; did you mean '{near}'.*The options are .*alpha, .*budget",
+            model,
+            error=TypeError,
+            **{name: 3},
+        )
+    refuses("no option 'xyz'; The options are", model, xyz=1, error=TypeError)
+    with pytest.raises(TypeError, match="did you mean 'layers'"):
+        hf_polyattn.choose_heads(model, [batch_for(model)], layer=[0])
+    assert type(model) is GPT2LMHeadModel
 
 
 def test_unpatching_a_stock_model_is_refused():

@@ -8,9 +8,10 @@ import torch
 from models import batch_for, output, patched_tiny, same_bits, tiny
 from transformers import AutoModelForCausalLM
 
-from hf_polyattn import coverage, patch_model, unpatch_model
+from hf_polyattn import coverage, patch_model, set_backend, unpatch_model
 from hf_polyattn.lookups import add_peft_targets
 from hf_polyattn.models import states
+from hf_polyattn.state import PolyAttentionState
 
 peft = pytest.importorskip("peft")
 
@@ -116,6 +117,26 @@ def test_an_adapter_that_trains_the_state_is_to_be_merged_before_unpatching():
         with pytest.raises(ValueError, match="merge or unload the adapter first"):
             change(model)
     assert len(states(model)) == 2
+
+
+def test_the_backend_is_set_under_an_adapter_too(saved):
+    folder, base = saved
+    model = lora(base, modules_to_save=["polyattn"])
+    for state in states(model).values():
+        disturb_state(state)
+    expected = output(model)
+    with model.disable_adapter():
+        frozen = output(model)
+    assert set_backend(model, "naive") is model
+    assert model.config.polyattn["backend"] == model.get_base_model().config.polyattn["backend"] == "naive"
+    assert torch.allclose(output(model), expected, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.allclose(output(model), frozen, atol=1e-5)
+    assert {module.config.backend for module in model.modules() if isinstance(module, PolyAttentionState)} == {"naive"}
+    model.save_pretrained(folder / "adapter")
+    merged = model.merge_and_unload()
+    assert merged.config.polyattn["backend"] == "naive"
+    assert torch.allclose(output(merged), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["poly", "monomial"])
