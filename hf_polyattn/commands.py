@@ -97,7 +97,7 @@ def _check_model_type(path: str) -> None:
 def patch(args: Namespace) -> str:
     """Loads args.source, patches it, saves it with its tokenizer in args.to."""
     out = Path(args.to)
-    if out.is_dir() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty: give --to a new folder")
     # before the model is read, which may take minutes
     _check_calibration(args)

@@ -250,11 +250,13 @@ def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
         (["patch", "STOCK", "--to", "OUT", "--layers", "7"], "layers"),
         (["patch", "STOCK", "--to", "OUT", "--activation", "cubist"], "unknown activation 'cubist'"),
         (["patch", "STOCK", "--to", "STOCK"], "is not empty"),
+        (["patch", "STOCK", "--to", "STOCK/config.json"], "is not empty"),
         (["demo", "--steps", "1"], "steps must be >= 2, got 1"),
     ],
 )
 def test_expected_errors_are_one_line(words, message, stock, tmp_path, capsys):
     words = [{"STOCK": str(stock), "OUT": str(tmp_path / "out")}.get(word, word) for word in words]
+    words = [word.replace("STOCK", str(stock)) for word in words]
     code, said, error = run(capsys, *words)
     assert code == 1
     assert said == ""

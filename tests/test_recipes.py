@@ -348,11 +348,19 @@ def test_a_push_that_fails_does_not_end_the_run(pretrained, tmp_path, monkeypatc
         raise ConnectionError("the connection to the Hub broke")
 
     monkeypatch.setattr(training_run, "push", refuse)
-    arguments = ["--model", pretrained[0] / "best", *SHORT, "--push_to_hub", "--hub_model_id", "me/mine"]
+    arguments = [
+        "--model",
+        pretrained[0] / "best",
+        *SHORT,
+        "--push_to_hub",
+        "--hub_model_id",
+        "me/mine",
+        "--hub_private",
+    ]
     run_recipe("finetune_causal_lm", tmp_path / "out", *arguments)
     said = capsys.readouterr().out
     assert "not pushed: the connection to the Hub broke" in said
-    assert f"hf-polyattn push {tmp_path / 'out' / 'published'} --to me/mine" in said
+    assert f"hf-polyattn push {tmp_path / 'out' / 'published'} --to me/mine --private" in said
     assert "names no licence" in said
 
 

@@ -353,7 +353,9 @@ class Run:
             done = push(folder, name, private=self.args.hub_private or None)
         except (OSError, ValueError) as error:
             # hours of training must not end in an error because a connection broke or a name was taken
-            print_once(f"not pushed: {error}. Again: hf-polyattn push {folder} --to {name}")
+            # without it the second try would create the repository with the account's default, mostly public
+            private = " --private" if self.args.hub_private else ""
+            print_once(f"not pushed: {error}. Again: hf-polyattn push {folder} --to {name}{private}")
         else:
             print_once(f"pushed: {done.commit_url}")
 
