@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_polyattn_scripts import exit_status
+
 EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
 """Errors that carry a message for the user; shown as one line unless --debug asks for the traceback."""
 
@@ -118,9 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C (argparse exits with 2)."""
     args = build_parser().parse_args(argv)
-    # not above: the help is there before yaml and dataclasses are
-    from hf_polyattn_arguments import exit_status
-
     return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
 
 

@@ -21,8 +21,8 @@ from hf_polyattn_arguments import (
     TextArguments,
     answer_help,
     parse_arguments,
-    run_script,
 )
+from hf_polyattn_scripts import run_script
 
 
 @dataclass

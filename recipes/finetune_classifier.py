@@ -20,8 +20,8 @@ from hf_polyattn_arguments import (
     answer_help,
     check_numbers,
     parse_arguments,
-    run_script,
 )
+from hf_polyattn_scripts import run_script
 
 
 @dataclass

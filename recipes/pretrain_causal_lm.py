@@ -16,8 +16,8 @@ from hf_polyattn_arguments import (
     TextArguments,
     answer_help,
     parse_arguments,
-    run_script,
 )
+from hf_polyattn_scripts import run_script
 
 GROUPS = (ModelArguments, AttentionArguments, TextArguments, OptimizationArguments, RunArguments)
 answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds

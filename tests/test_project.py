@@ -187,7 +187,7 @@ def test_an_installed_package_has_all_it_needs(tmp_path):
     subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
     files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     package = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".cpp", ".md")}
-    assert package | {"hf_polyattn_cli.py", "hf_polyattn_arguments.py"} <= files
+    assert package | {"hf_polyattn_cli.py", "hf_polyattn_arguments.py", "hf_polyattn_scripts.py"} <= files
     env = {**os.environ, "PYTHONPATH": str(target)}
     command = [sys.executable, str(target / "bin" / "hf-polyattn"), "--help"]
     shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout

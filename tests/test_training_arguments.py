@@ -9,6 +9,7 @@ import yaml
 from recipe_runs import RECIPES, recipe
 
 import hf_polyattn_arguments as args
+import hf_polyattn_scripts as scripts
 from hf_polyattn.config import PolyAttentionConfig
 from hf_polyattn_arguments import as_yaml, parse_arguments
 
@@ -161,7 +162,7 @@ def test_small_negative_numbers_survive_yaml(tmp_path):
 def exit_status_of(main, monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", ["recipes/train.py"])
     with pytest.raises(SystemExit) as stop:
-        args.run_script(main)
+        scripts.run_script(main)
     return stop.value.code
 
 
@@ -184,15 +185,15 @@ def raiser(error):
 def test_a_script_answers_a_mistake_with_one_line(error, line, monkeypatch, capsys):
     assert exit_status_of(raiser(error), monkeypatch) == 1
     assert capsys.readouterr().err == f"train.py: {line}\n"
-    monkeypatch.setenv(args.DEBUG, "1")
+    monkeypatch.setenv(scripts.DEBUG, "1")
     with pytest.raises(type(error)):
-        args.run_script(raiser(error))
+        scripts.run_script(raiser(error))
 
 
 def test_a_script_shows_where_the_unexpected_happened(monkeypatch, capsys):
     for error in (RuntimeError, TypeError, KeyError):
         with pytest.raises(error):
-            args.run_script(raiser(error("a bug")))
+            scripts.run_script(raiser(error("a bug")))
     assert exit_status_of(raiser(KeyboardInterrupt()), monkeypatch) == 130
     assert exit_status_of(lambda: {"loss": 1}, monkeypatch) == 0
 
