@@ -148,6 +148,16 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
         "--activation monomial --score_mean 1 --gain 0.2 --learn_gain true",
         "softmax",
     ),
+    "monomial-mean0.5": (
+        "s^3/sqrt(n), scores start at mean 1/2, learnable gain",
+        "--activation monomial --score_mean 0.5 --gain 1.4 --learn_gain true",
+        "softmax",
+    ),
+    "monomial-mean2": (
+        "s^3/sqrt(n), scores start at mean 2, learnable gain",
+        "--activation monomial --score_mean 2 --gain 0.025 --learn_gain true",
+        "softmax",
+    ),
     "relu": ("relu / n", "--activation relu", "softmax"),
     "sigmoid": ("sigmoid(s - log n)", "--activation sigmoid", "softmax"),
 }
