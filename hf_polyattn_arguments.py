@@ -15,7 +15,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -127,6 +127,10 @@ class AttentionArguments:
         if self.calibrate_batches is not None:
             return self.calibrate_batches
         return 4 if model.model else 0
+
+    def inputs(self, first: Callable[..., Any], model: ModelArguments) -> tuple[Any, Any]:
+        """What to calibrate on and what to transfer on; first(steps=n) gives the inputs of a run's first n steps."""
+        return first(steps=self.calibration_batches(model)), first(steps=self.transfer_steps)
 
     def __post_init__(self) -> None:
         check_numbers(self, "calibrate_batches", "transfer_steps", at_least=0)

@@ -236,17 +236,17 @@ def main(argv: list[str] | None = None) -> dict:
         # GPT-2 and LLaMA look for the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id
     if run.checkpoint is None:
-        first = partial(
-            first_inputs, train, optimization.batch_size, collate, ["input_ids", "attention_mask", "token_type_ids"]
-        )
         parts = optimization.gradient_accumulation_steps * accelerator.num_processes
-        model = replace_attention(
-            model,
-            attention,
-            first(steps=attention.calibration_batches(model_args), parts=parts),
-            first(steps=attention.transfer_steps, parts=parts),
-            device=accelerator.device,
+        first = partial(
+            first_inputs,
+            train,
+            optimization.batch_size,
+            collate,
+            ["input_ids", "attention_mask", "token_type_ids"],
+            parts=parts,
         )
+        inputs = attention.inputs(first, model_args)
+        model = replace_attention(model, attention, *inputs, device=accelerator.device)
     if lora.lora_r:
         model = resume_lora(model, run.checkpoint) if run.checkpoint else add_lora(accelerator, model, lora, base)
     if optimization.gradient_checkpointing:

@@ -66,15 +66,10 @@ def main(argv: list[str] | None = None) -> dict:
         AutoModelForCausalLM, model_args, tokenizer, optimization.seed, text.block_size, checkpoint=run.checkpoint
     )
     if run.checkpoint is None:
-        first = partial(first_inputs, train, optimization.batch_size, next_token_batch, ["input_ids"])
         parts = optimization.gradient_accumulation_steps * accelerator.num_processes
-        model = replace_attention(
-            model,
-            attention,
-            first(steps=attention.calibration_batches(model_args), parts=parts),
-            first(steps=attention.transfer_steps, parts=parts),
-            device=accelerator.device,
-        )
+        first = partial(first_inputs, train, optimization.batch_size, next_token_batch, ["input_ids"], parts=parts)
+        inputs = attention.inputs(first, model_args)
+        model = replace_attention(model, attention, *inputs, device=accelerator.device)
     if optimization.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
