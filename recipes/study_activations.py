@@ -99,6 +99,29 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
         "--polyattn_learning_rate_multiplier 10",
         "softmax-qk",
     ),
+    # scores under QK-norm stay within sqrt(d) = 5.66: cubics without a negative value there need no l1's kink
+    **{
+        f"bounded-qk-{root}": (
+            f"(1 + s/sqrt(d)) (1 + s/{root})^2, QK-norm, l1",
+            f"--activation poly --coefficients {coefficients} --qk_norm true --normalization l1",
+            "softmax-qk",
+        )
+        for root, coefficients in {
+            "1.5": "1 1.5101 0.68014 0.078567",
+            "2": "1 1.1768 0.42676 0.044194",
+            "2.5": "1 0.97674 0.30142 0.028284",
+        }.items()
+    },
+    "poly-qk-l1-fixed": (
+        "degree 3, QK-norm, l1, coefficients fixed near exp",
+        "--activation poly --qk_norm true --coefficients 0.5 0.5 0.5 0.1667 --normalization l1",
+        "softmax-qk",
+    ),
+    "poly-qk-affine": (
+        "degree 3, QK-norm, learnable alpha and beta",
+        "--activation poly --qk_norm true --learn_affine true",
+        "softmax-qk",
+    ),
     "quartic-qk-sum": (
         "(1 + s/4)^4, QK-norm, sum",
         "--activation poly --degree 4 --coefficients 1 1 0.375 0.0625 0.00390625 --qk_norm true --normalization sum",
