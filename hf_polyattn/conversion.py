@@ -7,9 +7,6 @@ once, so that no more than one layer's activations of one batch are ever held.
 """
 
 import contextlib
-import inspect
-import itertools
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +14,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
 from .evaluating import evaluating
 from .models import PolyModelMixin, states
-from .observing import as_inputs, real_tokens, run
+from .observing import real_tokens, run
+from .steps import StepCheckpoint, Steps, take, without_cache
 from .tables import format_table
 
 Train = Literal["all", "query_key", "state"]
@@ -66,6 +63,7 @@ def transfer_attention(
     learning_rate: float = 1e-3,
     final_learning_rate: float = 1e-5,
     polyattn_learning_rate: float = 1e-2,
+    checkpoint: StepCheckpoint | None = None,
     progress: bool = True,
 ) -> TransferReport:
     """Trains the attention of `student` to give what `teacher`'s gives on the same inputs, layer by layer at once.
@@ -83,6 +81,9 @@ def transfer_attention(
             and outputs; "state": only what the patch learns (coefficients, gain, ...).
         learning_rate: of weights, along a cosine to final_learning_rate.
         polyattn_learning_rate: of the few numbers that the patch learns, along the same cosine.
+        checkpoint: where to keep the steps, and to go on from after a stop: with the same `batches`, losses are those
+            of a run that was not stopped.
+        progress: show a bar.
     Returns:
         the losses; print it.
     Raises:
@@ -97,38 +98,24 @@ def transfer_attention(
     weights = list(_weights(student, pairs, train))
     learned = [p for state in states(student).values() for p in state.parameters()]
     last_polyattn = polyattn_learning_rate * final_learning_rate / learning_rate
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "lr": learning_rate, "first": learning_rate, "last": final_learning_rate},
-        {"params": learned, "lr": polyattn_learning_rate, "first": polyattn_learning_rate, "last": last_polyattn},
+    groups = [
+        {"params": weights, "first": learning_rate, "last": final_learning_rate},
+        {"params": learned, "first": polyattn_learning_rate, "last": last_polyattn},
     ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+    if not any(group["params"] for group in groups):
         raise ValueError(f'train="{train}" leaves nothing to train: this patch learns nothing by itself')
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    start, tokens, losses = time.perf_counter(), 0, []
-    first: Any = None
+    stepping = Steps(groups, total, "attention transfer", checkpoint=checkpoint, progress=progress)
     with (
         _training_only(student, [*weights, *learned]),
         _gradients_of_chosen_columns(student, pairs, train),
         evaluating(student),
         evaluating(teacher),
-        tqdm(total=total, desc="attention transfer", disable=not progress) as bar,
     ):
-        for step, batch in enumerate(taken):
-            inputs = as_inputs(batch)
-            tokens += count_tokens(inputs)
-            first = inputs if first is None else first
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(group["first"], group["last"], step, total)
-            losses.append(_layer_losses(teacher, pairs, inputs, backward=True))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix(loss=f"{losses[-1].mean().item():.4f}", refresh=False)
-            bar.update()
-        after = _layer_losses(teacher, pairs, first, backward=False)
-    report = TransferReport(
-        tuple(pair.name for pair in pairs), torch.stack(losses), losses[0], after, tokens, time.perf_counter() - start
-    )
+        for inputs in stepping.over(taken):
+            stepping.take(_layer_losses(teacher, pairs, inputs, backward=True))
+        after = _layer_losses(teacher, pairs, stepping.first_inputs, backward=False)
+    losses = torch.stack(stepping.losses)
+    report = TransferReport(tuple(p.name for p in pairs), losses, losses[0], after, stepping.tokens, stepping.seconds)
     if not after.mean() < losses[0].mean():
         raise RuntimeError(
             f"attention transfer has not lowered the loss: {losses[0].mean():.3g} on the first batch before, "
@@ -300,56 +287,6 @@ def _training_only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator
         for parameter, required in before.items():
             parameter.requires_grad_(required)
             parameter.grad = None
-
-
-def cosine(first: float, last: float, step: int, total: int) -> float:
-    """Half a cosine from `first` in step 0 to `last` in the final one.
-
-    >>> [round(torch.tensor(cosine(1.0, 0.0, step, 3)).item(), 2) for step in range(3)]
-    [1.0, 0.5, 0.0]
-    """
-    done = torch.pi * step / max(1, total - 1)
-    return last + (first - last) * 0.5 * (1 + torch.cos(torch.tensor(done)).item())
-
-
-def take(batches: Iterable[Any], steps: int | None) -> tuple[int, Iterator[Any]]:
-    """The number of steps, and an iterator over so many batches, going round where `batches` is too short."""
-    if steps is None:
-        if not hasattr(batches, "__len__"):
-            raise ValueError("batches of unknown length: say how many steps=")
-        steps = len(batches)  # type: ignore[arg-type]
-    if steps < 1:
-        raise ValueError("no batches to train on: pass a few, and steps of 1 or more")
-    return steps, _rounds(batches, steps)
-
-
-def _rounds(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    done = 0
-    while done < steps:
-        before = done
-        for batch in itertools.islice(batches, steps - done):
-            ids = as_inputs(batch).get("input_ids")
-            if ids is not None and ids.shape[-1] < 2:
-                raise ValueError(
-                    "a batch holds single tokens only, which have nothing to attend to: pass longer texts"
-                )
-            yield batch
-            done += 1
-        if done == before:
-            raise ValueError(f"the batches ran out after {done} of {steps} steps: pass more, or a list to repeat")
-
-
-def without_cache(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    has_cache = "use_cache" in inspect.signature(model.base_model.forward).parameters
-    return {**inputs, "use_cache": False} if has_cache else inputs
-
-
-def count_tokens(inputs: dict[str, Any]) -> int:
-    rows = real_tokens(inputs)
-    if rows is not None:
-        return int(rows.sum())
-    ids = inputs.get("input_ids")
-    return ids.numel() if ids is not None else inputs["inputs_embeds"].shape[:-1].numel()
 
 
 def _to(value: Any, like: torch.Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
-from .conversion import cosine, count_tokens, refuse_shared, take, without_cache
+from .conversion import refuse_shared
 from .evaluating import evaluating, training
 from .models import states
-from .observing import as_inputs, real_tokens
+from .observing import real_tokens
+from .steps import EarlyStop, StepCheckpoint, Steps, take, without_cache
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ def distill(
     final_ratio: float = 0.01,
     warmup_steps: int = 0,
     max_grad_norm: float = 1.0,
+    checkpoint: StepCheckpoint | None = None,
+    early_stop: EarlyStop | None = None,
     progress: bool = True,
 ) -> DistillReport:
     """Trains all weights of `student` on the teacher's logits, and on labels: (1 - c) T^2 KL + c cross-entropy.
@@ -71,6 +72,8 @@ def distill(
             the patch learns. Each falls along a cosine to final_ratio of itself.
         warmup_steps: over which the rates rise from zero.
         max_grad_norm: to which gradients are clipped; 0: not at all.
+        checkpoint: where to keep the steps, and to go on from after a stop, dropout included.
+        early_stop: a score to watch; the steps end when it falls no more, and the best weights come back.
         progress: show a bar.
     Returns:
         the losses; print it.
@@ -88,33 +91,30 @@ def distill(
         refuse_shared(student, teacher)
     total, taken = take(batches, steps)
     groups = _distillation_groups(student, learning_rate, attention_learning_rate, polyattn_learning_rate)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    start, tokens, losses = time.perf_counter(), 0, []
+    groups = [{**group, "last": final_ratio * group["first"]} for group in groups]
+    stepping = Steps(
+        groups,
+        total,
+        "distillation" if cross_entropy < 1 else "fine-tuning",
+        warmup_steps=warmup_steps,
+        checkpoint=checkpoint,
+        early_stop=early_stop,
+        progress=progress,
+    )
     watching = contextlib.nullcontext() if teacher is None else evaluating(teacher)
-    with training(student), watching, tqdm(total=total, desc="distillation", disable=not progress) as bar:
-        for step, batch in enumerate(taken):
-            inputs = {
-                k: v.to(student.device) if isinstance(v, torch.Tensor) else v for k, v in as_inputs(batch).items()
-            }
-            tokens += count_tokens(inputs)
-            warm = min(1.0, (step + 1) / (warmup_steps + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = warm * cosine(group["first"], final_ratio * group["first"], step, total)
+    with training(student), watching:
+        for inputs in stepping.over(taken):
+            inputs = {k: v.to(student.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             loss = _distillation_loss(student, teacher, inputs, cross_entropy, temperature)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(stepping.parameters, max_grad_norm or math.inf)
             if not torch.isfinite(loss + norm):
                 raise ValueError(
-                    f"distillation: loss {loss.item()}, gradient norm {norm.item()} in step {step + 1}; the student "
-                    "has the weights of the step before. Calibrate it first, or lower the learning rates"
+                    f"{stepping.name}: loss {loss.item()}, gradient norm {norm.item()} in step {stepping.done + 1}; "
+                    "the student has the weights of the step before. Calibrate it first, or lower the learning rates"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach().cpu())
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            bar.update()
-    return DistillReport(torch.stack(losses), tokens, time.perf_counter() - start)
+            stepping.take(loss)
+    return DistillReport(torch.stack(stepping.losses), stepping.tokens, stepping.seconds)
 
 
 def _distillation_loss(
@@ -158,4 +158,4 @@ def _distillation_groups(student: PreTrainedModel, body: float, attention: float
             groups.setdefault(rate, []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the student requires a gradient: nothing to train")
-    return [{"params": parameters, "lr": rate, "first": rate} for rate, parameters in groups.items()]
+    return [{"params": parameters, "first": rate} for rate, parameters in groups.items()]
