@@ -400,6 +400,24 @@ def parse_arguments(
     return tuple(parsed)
 
 
+def parse_values(group: type, values: dict[str, Any], name: str) -> Any:
+    """One instance of a dataclass from a mapping, with the types and messages of the command line.
+
+    Raises ValueError for a key that it has not, and for a value that is no such thing.
+    """
+    from transformers import HfArgumentParser
+
+    known = [field.name for field in dataclasses.fields(group)]
+    for key in values:
+        if key not in known:
+            raise ValueError(_unknown(f"{name}: unknown key {key!r}", key, known))
+    parser = HfArgumentParser((group,), prog=name, exit_on_error=False, allow_abbrev=False)  # type: ignore[arg-type]
+    try:
+        return parser.parse_args_into_dataclasses(_as_argv(values), look_for_args_file=False)[0]
+    except (argparse.ArgumentError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def add_help(group: type) -> type:
     """Copies the docstring under each field into its metadata, where HfArgumentParser looks for the help."""
     fields = {field.name: field for field in dataclasses.fields(group)}

@@ -28,12 +28,14 @@ class DistillReport:
     tokens: int
     """Tokens seen, without padding."""
     seconds: float
+    name: str = "distillation"
+    """fine-tuning where there were labels alone."""
 
     def __str__(self) -> str:
         tenth = max(1, len(self.losses) // 10)
         first, last = self.losses[:tenth].mean().item(), self.losses[-tenth:].mean().item()
         return (
-            f"distillation: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.0f} s; mean loss "
+            f"{self.name}: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.0f} s; mean loss "
             f"{first:.4f} in the first tenth of the steps, {last:.4f} in the last"
         )
 
@@ -114,7 +116,7 @@ def distill(
                     "the student has the weights of the step before. Calibrate it first, or lower the learning rates"
                 )
             stepping.take(loss)
-    return DistillReport(torch.stack(stepping.losses), stepping.tokens, stepping.seconds)
+    return DistillReport(torch.stack(stepping.losses), stepping.tokens, stepping.seconds, stepping.name)
 
 
 def _distillation_loss(
