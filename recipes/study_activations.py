@@ -110,6 +110,8 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
             "1.5": "1 1.5101 0.68014 0.078567",
             "2": "1 1.1768 0.42676 0.044194",
             "2.5": "1 0.97674 0.30142 0.028284",
+            "3.5": "1 0.74821 0.18265 0.014431",
+            "5": "1 0.57678 0.11071 0.0070711",
         }.items()
     },
     "poly-qk-l1-fixed": (
@@ -125,6 +127,12 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "quartic-qk-sum": (
         "(1 + s/4)^4, QK-norm, sum",
         "--activation poly --degree 4 --coefficients 1 1 0.375 0.0625 0.00390625 --qk_norm true --normalization sum",
+        "softmax-qk",
+    ),
+    "sextic-qk-sum": (
+        "(1 + s/6)^6, QK-norm, sum",
+        "--activation poly --degree 6 --coefficients 1 1 0.41667 0.092593 0.011574 0.0007716 2.1433e-05 --qk_norm true "
+        "--normalization sum",
         "softmax-qk",
     ),
     "softmax-spread": ("softmax, scores start at spread 1", "--activation softmax --score_spread 1", ""),

@@ -42,7 +42,7 @@ from .training import convert_heads, run_calibration, run_training
 
 PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
 CALIBRATED = "01-calibrate"
-PATCHED = "patched, nothing measured"
+PATCHED = "patched"
 
 
 @dataclass(frozen=True)

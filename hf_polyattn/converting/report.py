@@ -82,12 +82,12 @@ class ConversionReport:
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, *others = figure.subplots(1, 1 + len(losses), width_ratios=[2, *[1.2] * len(losses)], squeeze=False)[0]
         names = [row.stage for row in self.rows[1:]]
-        left.plot(names, [row.score for row in self.rows[1:]], "o-", color="#2a6fbb", label="polynomial")
+        left.plot(range(len(names)), [row.score for row in self.rows[1:]], "o-", color="#2a6fbb", label="polynomial")
         left.axhline(self.rows[0].score, color="#777777", ls="--", lw=1, label=SOFTMAX)
         if self.tuned is not None:
             left.axhline(self.tuned.score, color="#c44e52", ls=":", lw=1.2, label="softmax, fine-tuned")
         left.set_ylabel(self.metric.replace("_", " ") + (", lower is better" if self.lower_is_better else ""))
-        left.tick_params(axis="x", labelrotation=20)
+        left.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor", fontsize=9)
         left.grid(alpha=0.3)
         left.legend(frameon=False, fontsize=8)
         for axis, (name, values) in zip(others, losses.items(), strict=True):
