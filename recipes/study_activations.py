@@ -131,8 +131,8 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     ),
     "sextic-qk-sum": (
         "(1 + s/6)^6, QK-norm, sum",
-        "--activation poly --degree 6 --coefficients 1 1 0.41667 0.092593 0.011574 0.0007716 2.1433e-05 --qk_norm true "
-        "--normalization sum",
+        "--activation poly --degree 6 --coefficients 1 1 0.41667 0.092593 0.011574 0.0007716 2.1433e-05 "
+        "--qk_norm true --normalization sum",
         "softmax-qk",
     ),
     "softmax-spread": ("softmax, scores start at spread 1", "--activation softmax --score_spread 1", ""),

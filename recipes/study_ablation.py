@@ -1,0 +1,188 @@
+r"""What each part of a conversion is worth: one change at a time to the same recipe, on an encoder and on a GPT-2.
+
+    python recipes/study_ablation.py sentences --checkpoint all-MiniLM-L6-v2 --train stsb-train.csv \
+        --validation stsb-dev.csv
+    python recipes/study_ablation.py text --checkpoint gpt2-shakespeare --train tinyshakespeare.txt
+
+Each run is `convert.py` with what its row says and nothing else changed: 50 steps of attention transfer on 32
+unlabelled sentences for an encoder, 300 of transfer and 300 of fine-tuning on 12 windows of 64 characters for the
+GPT-2. The score is Spearman's correlation on pairs of sentences, or the loss on the last tenth of the text. Finished
+runs are kept in the csv and not run again. A run takes a minute or two on one CPU core.
+"""
+
+import argparse
+import platform
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import convert
+import torch
+import transformers
+from study_checkpoints import appended, name_of, rows_of
+from study_conversion import Sentences
+from tqdm import tqdm
+from transformers import AutoModel
+
+import hf_polyattn
+
+HERE = Path(__file__).parent
+QUARTIC = "--degree 4 --coefficients 1 1 0.375 0.0625 0.00390625 --normalization sum --calibrate.fit gain"
+
+# name -> changes to the recipe, and the tasks that they are for
+BOTH, TEXT = ("sentences", "text"), ("text",)
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "degree 3 / length, all stages": ("", BOTH),
+    "not calibrated": ("--stages transfer {finetune}", BOTH),
+    "calibrated only": ("--stages calibrate", BOTH),
+    "calibrated only, layer by layer": ("--stages calibrate --calibrate.inputs student", BOTH),
+    "calibrated only, in size": ("--stages calibrate --calibrate.fit gain", BOTH),
+    "without transfer": ("--stages calibrate finetune", TEXT),
+    "without fine-tuning": ("--stages calibrate transfer", TEXT),
+    "distillation instead of fine-tuning": (
+        "--stages calibrate transfer distill --distill.steps 300 --distill.learning_rate 1e-3 "
+        "--distill.attention_learning_rate 1e-3",
+        TEXT,
+    ),
+    "adapters of rank 8 instead of all weights": ("--finetune.lora_r 8", TEXT),
+    "transfer of coefficients alone": ("--transfer.train state", BOTH),
+    "transfer of queries and keys alone": ("--transfer.train query_key", BOTH),
+    "degree 1": ("--degree 1", BOTH),
+    "degree 2": ("--degree 2", BOTH),
+    "degree 4": ("--degree 4", BOTH),
+    "degree 5": ("--degree 5", BOTH),
+    "degree 6": ("--degree 6", BOTH),
+    "sqrt_length": ("--normalization sqrt_length", BOTH),
+    "none": ("--normalization none", BOTH),
+    "l1": ("--normalization l1 --calibrate.fit gain", BOTH),
+    "l2": ("--normalization l2 --calibrate.fit gain", BOTH),
+    "(1 + s/4)^4, sum": (QUARTIC, BOTH),
+    "QK-norm": ("--qk_norm true", BOTH),
+    "the bare power s^3": ("--activation monomial --normalization length --calibrate.fit gain", BOTH),
+    "three quarters of the heads": ("--shares 0.75", BOTH),
+    "half of the heads": ("--shares 0.5", BOTH),
+    "a quarter of the heads": ("--shares 0.25", BOTH),
+    "progressive: 1/4, 1/2, all": ("--shares 0.25 0.5 1", BOTH),
+}
+
+
+def recipe_of(task: str, args: argparse.Namespace) -> list[str]:
+    """Arguments of convert.py that all rows of a task share."""
+    if task == "sentences":
+        text = args.runs / "sentences.txt"
+        if not text.exists():
+            rows = Sentences(args, None).train  # type: ignore[arg-type]
+            text.write_text("\n".join(rows), encoding="utf-8")
+        words = f"--dataset {text} --block_size 128 --batch_size 32 --validation_batches 8 --transfer.steps 50"
+    else:
+        words = (
+            f"--dataset {args.train} --tokenizer chars --block_size 64 --batch_size 12 --shuffle random_windows "
+            "--validation_batches 2000 --transfer.steps 300 --finetune.steps 300 --finetune.learning_rate 1e-3 "
+            "--finetune.attention_learning_rate 1e-3 --stages calibrate transfer finetune"
+        )
+    return [*words.split(), "--model", args.checkpoint]
+
+
+def arguments(task: str, changes: str, args: argparse.Namespace) -> list[str]:
+    """convert.py's arguments of one row: settings of stages that it leaves out go, too."""
+    changed = changes.format(finetune="finetune" if task == "text" else "").split()
+    words = recipe_of(task, args)
+    if "--stages" in changed:
+        start = changed.index("--stages") + 1
+        rest = [i for i, word in enumerate(changed[start:], start) if word.startswith("--")]
+        stages = changed[start : rest[0] if rest else len(changed)]
+        if "--stages" in words:
+            words = [*words[: words.index("--stages")], "--model", args.checkpoint]
+        for stage in {"transfer", "finetune"} - set(stages):
+            while mine := [i for i, word in enumerate(words) if word.startswith(f"--{stage}.")]:
+                del words[mine[0] : mine[0] + 2]
+    return [*words, *changed]
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: a line for each change, a column for each task; means over seeds."""
+    tasks = list(dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows))
+    header = [f"{checkpoint}, {metric}" for _, checkpoint, metric in tasks]
+    lines = [f"| conversion | {' | '.join(header)} |", "|" + "---|" * (1 + len(tasks))]
+    for name in ("softmax", *VARIANTS):
+        cells = []
+        for task, checkpoint, _ in tasks:
+            wanted = (task, checkpoint, name)
+            values = [float(r["value"]) for r in rows if (r["task"], r["checkpoint"], r["variant"]) == wanted]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            seeds = f" ({len(values)} seeds)" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}{seeds}" if values else "")
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=("sentences", "text"))
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
+    parser.add_argument("--train", required=True, help="sentences: csv; text: the text")
+    parser.add_argument("--validation", help="sentences: csv")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the order of the data")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/study_ablation"), help="folder of the models")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "ablation.csv")
+    args = parser.parse_args(argv)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    checkpoint = name_of(args.checkpoint)
+    have = {(row["task"], row["checkpoint"], row["variant"], row["seed"]) for row in rows_of(args.out)}
+    judge = Sentences(args, None) if args.task == "sentences" else None  # type: ignore[arg-type]
+    names = [name for name in args.only if args.task in VARIANTS[name][1]]
+    todo = [(seed, name) for seed in args.seeds for name in names]
+    with appended(args.out) as write:
+
+        def note(name: str, seed: int, value: float, report: object, command: str) -> None:
+            write(
+                {
+                    "task": args.task,
+                    "checkpoint": checkpoint,
+                    "variant": name,
+                    "seed": seed,
+                    "metric": "spearman" if judge else "loss",
+                    "value": round(value, 4),
+                    "training_tokens": getattr(report, "tokens", 0),
+                    "seconds": round(getattr(report, "seconds", 0)),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "hf_polyattn": hf_polyattn.__version__,
+                    "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+                    "command": command,
+                }
+            )
+            have.add((args.task, checkpoint, name, str(seed)))
+
+        for seed, name in tqdm(todo, desc="conversions"):
+            if (args.task, checkpoint, name, str(seed)) in have:
+                continue
+            out = args.runs / f"{args.task}-{list(VARIANTS).index(name):02d}-{seed}"
+            shutil.rmtree(out, ignore_errors=True)
+            words = [*arguments(args.task, VARIANTS[name][0], args), "--seed", str(seed)]
+            shown = [Path(word).name if "/" in word else word for word in words]
+            try:
+                report = convert.main([*words, "--output_dir", str(out)])
+            except (ValueError, RuntimeError) as error:
+                # a change that trains to nothing is a result, and no reason to lose the others
+                tqdm.write(f"{name}, seed {seed}: {error}", file=sys.stderr)
+                note(name, seed, float("nan"), None, f"python recipes/convert.py {' '.join(shown)}  # {error}")
+                continue
+            value = judge.score(AutoModel.from_pretrained(out).eval()) if judge else report.rows[-1].score
+            note(name, seed, value, report, "python recipes/convert.py " + " ".join(shown))
+            if (args.task, checkpoint, "softmax", "0") not in have:
+                untouched = (
+                    judge.score(AutoModel.from_pretrained(args.checkpoint).eval()) if judge else report.rows[0].score
+                )
+                note("softmax", 0, untouched, None, "untouched")
+            shutil.rmtree(out, ignore_errors=True)
+    text = table(rows_of(args.out))
+    args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
