@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from models import batch_for, output, patched_tiny, same_bits, tiny
-from transformers import AutoModelForCausalLM
+from models import LAYERS, batch_for, output, patched_tiny, same_bits, tiny
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_polyattn import coverage, patch_model, set_backend, unpatch_model
 from hf_polyattn.lookups import add_peft_targets
@@ -182,3 +182,24 @@ def test_peft_is_not_imported_for_its_tables(monkeypatch):
     monkeypatch.delitem(sys.modules, "peft.utils.constants")
     add_peft_targets("polyattn_gpt2", "gpt2")
     assert "peft.utils.constants" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("gpt2", {"attn.c_attn", "attn.c_proj"}),
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("bert", {"query", "key", "value", "output.dense"}),
+        # registered from outside: nothing else says where its layers are
+        ("mistral", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_adapters_go_to_the_linear_layers_of_attention(family, layers):
+    from hf_polyattn.training.lora import attention_projections
+
+    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    model = patch_model(tiny(family, auto), degree=2)
+    found = attention_projections(model)
+    assert {next(end for end in layers if name.endswith(end)) for name in found} == layers
+    assert len(found) == LAYERS * len(layers)
+    assert not any("mlp" in name or "intermediate" in name for name in found)

@@ -10,18 +10,15 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_polyattn_arguments import LoraArguments
+
+from ..architectures import get_architecture
 
 ADAPTER = "adapter_model.safetensors"
 BASE = "base"
 """Folder below a run's own where the base model of its adapters lies."""
-TARGETS = {
-    "gpt2": ["attn.c_attn", "attn.c_proj"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "bert": ["query", "key", "value", "attention.output.dense"],
-}
-"""Stock model type -> the attention projections that get an adapter."""
 
 
 def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArguments, folder: Path) -> PeftModel:
@@ -31,10 +28,7 @@ def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArgumen
     of labels. The name is an absolute path, so that `folder` must stay where it is.
     Raises RuntimeError when learned attention state would be left out of training.
     """
-    model_type = model.config.model_type.removeprefix("polyattn_")
-    targets = args.lora_target_modules or TARGETS.get(model_type)
-    if targets is None:
-        raise ValueError(f"no default LoRA targets for {model_type!r}: set lora_target_modules")
+    targets = args.lora_target_modules or attention_projections(model)
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
@@ -48,13 +42,31 @@ def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArgumen
         lora_dropout=args.lora_dropout,
         target_modules=targets,
         modules_to_save=["polyattn"] if learned else None,
-        fan_in_fan_out=model_type == "gpt2",
+        # GPT-2's layers hold their matrix the other way round
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=TaskType.SEQ_CLS if classifies else None,
     )
     adapted = get_peft_model(model, config)
     if missing := len(learned) - len(learned_state(adapted)):
         raise RuntimeError(f"{missing} of {len(learned)} learned attention tensors would not be trained under PEFT")
     return adapted
+
+
+def attention_projections(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of all attention modules, the output projection among them: where adapters go.
+
+    Raises ValueError for an architecture whose entry finds none.
+    """
+    entry = get_architecture(model.config)
+    layers: dict[nn.Module, None] = {}
+    for name, module in entry.attention_modules(model):
+        inside = [child for child in module.modules() if isinstance(child, (nn.Linear, Conv1D))]
+        projection = entry.projection(model, name)
+        layers |= dict.fromkeys([*inside, *([projection] if projection is not None else [])])
+    names = [name for name, module in model.named_modules() if module in layers]
+    if not names:
+        raise ValueError(f"no linear layers in the attention of {entry.model_type!r}: set lora_target_modules")
+    return names
 
 
 def learned_state(model: nn.Module) -> list[str]:
