@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .activations import get_activation
+from .converting.report import ConversionReport
 from .hub import license_of
 from .models import PolyModelMixin, auto_classes, read_settings, states
 from .patching import coverage
@@ -39,6 +40,8 @@ METRICS = {
     "pearson": ("pearsonr", "Pearson's correlation"),
     "spearman": ("spearmanr", "Spearman's correlation"),
     "mean_squared_error": ("mse", "mean squared error"),
+    "agreement": ("agreement", "share of texts with the softmax model's decision"),
+    "rank_agreement": ("spearmanr", "rank agreement of embeddings with the softmax model's"),
 }
 """Key of results.json -> (the Hub's name of the metric, ours)."""
 _ATTENTION = {
@@ -124,6 +127,8 @@ def model_card(
         "twin": bool(twin),
         "differences": ", ".join(_differences(results, twin)),
         "figure": figure,
+        "figure_label": "Scores after each stage, and losses" if results.get("stages") else "Losses over the steps",
+        **_stages(results),
     }
     if settings is not None:
         formula, divisor = formulas(settings)
@@ -221,6 +226,14 @@ def _rows(
         if scores and key in results:
             rows.append((label, f"{results[key]:,.0f}", f"{twin[key]:,.0f}" if key in twin else ""))
     return rows
+
+
+def _stages(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the template says of a conversion's stages."""
+    if not results.get("stages"):
+        return {"stages": ""}
+    report = ConversionReport.from_dict(results["stages"])
+    return {"stages": report.markdown(), "stages_better": "lower" if report.lower_is_better else "higher"}
 
 
 def _differences(results: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:

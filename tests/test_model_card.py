@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 import hf_polyattn
 from hf_polyattn import model_card as cards
+from hf_polyattn.converting.report import TUNED
 from hf_polyattn.model_card import model_card, portable, published_scores, read_results
 
 
@@ -190,3 +191,36 @@ def test_other_files_are_no_results(tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json of a recipe"):
         read_results(path)
     assert SimpleNamespace(**RESULTS).best == 1.9
+
+
+def test_a_conversion_shows_its_stages(cubic):
+    rows = [
+        {"stage": stage, "score": score, "tokens": 10, "seconds": 1.0, "steps": 1}
+        for stage, score in (("softmax", 1.9), ("patched", 4.8), ("calibrate", 2.9))
+    ]
+    stages = {
+        "metric": "loss",
+        "lower_is_better": True,
+        "rows": rows,
+        "tuned": {**rows[0], "stage": TUNED, "score": 1.85},
+    }
+    results = {"arguments": {}, "command": "convert.py", "seconds": 1.0, "validation_loss": 2.9, "best": 2.9}
+    card = str(model_card(cubic, {**results, "stages": stages}, figure="conversion.png"))
+    assert "| calibrate | 2.9000 | +1.0000 | 10 | 1 |" in card
+    assert "| softmax, fine-tuned on as many tokens | 1.8500 | -0.0500 | 10 | 1 |" in card
+    assert "![Scores after each stage, and losses](conversion.png)" in card
+    assert "stage by stage" not in str(model_card(cubic, results))
+
+
+@pytest.mark.parametrize("metric", ["agreement", "rank_agreement"])
+def test_the_metrics_of_a_conversion_have_names(cubic, metric):
+    results = {
+        "arguments": {},
+        "command": "convert.py",
+        "seconds": 1.0,
+        metric: 0.9,
+        "best": 0.9,
+        "best_metric": metric,
+    }
+    card = model_card(cubic, results)
+    assert card.data.eval_results[0].metric_value == 0.9

@@ -75,6 +75,12 @@ class ConversionReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ConversionReport":
+        """Inverse of `to_dict`."""
+        tuned = Row(**values["tuned"]) if values.get("tuned") else None
+        return cls(values["metric"], values["lower_is_better"], tuple(Row(**r) for r in values["rows"]), tuned)
+
     def figure(self, path: str | Path, losses: Mapping[str, Sequence[float]]) -> None:
         """Scores after each stage, and the losses of each training stage over its steps; writes a PNG."""
         from matplotlib.figure import Figure
