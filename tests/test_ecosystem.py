@@ -101,10 +101,9 @@ def test_quantised_bases_are_patched_calibrated_and_saved(kind, tmp_path):
     batch = {"input_ids": torch.arange(2, 34).view(2, 16)}
     model = patch_model(model, degree=3, calibrate=[batch], fit="coefficients")
     assert all(torch.isfinite(state.coefficients).all() for state in states(model).values())
-    with torch.no_grad():
-        expected = model(**batch).logits
+    # with gradients: without, bitsandbytes repacks 4-bit weights for the processor, and rounds their scales
+    expected = model(**batch).logits
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
     assert isinstance(again, PolyModelMixin)
-    with torch.no_grad():
-        assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(again(**batch).logits, expected)
