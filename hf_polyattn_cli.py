@@ -1,14 +1,16 @@
+# PYTHON_ARGCOMPLETE_OK
 """The console script `hf-polyattn`: arguments and error messages only.
 
 A module of its own beside the package, because importing anything below `hf_polyattn` imports torch and transformers,
-and `--help` should answer at once. Each command imports what it needs when it runs.
+and `--help` should answer at once. A command is an entry in COMMANDS, a function here that names its arguments, and a
+module of its name in hf_polyattn/commands, which is imported when it runs.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_polyattn_scripts import exit_status
@@ -17,6 +19,10 @@ EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
 """Errors that carry a message for the user; shown as one line unless --debug asks for the traceback."""
 
 IMPORT = "name the module that calls it with --import, as in hf-polyattn --import MODULE patch ..."
+
+STATUS = """exit status: 0 after success; 1 after an error, which is one line on standard error; 2 for wrong usage;
+130 after Ctrl-C. Reports go to standard output, progress to standard error; --json prints a report for programs.
+hf-polyattn COMMAND --help shows the options of a command."""
 
 
 class _Version(argparse.Action):
@@ -27,10 +33,98 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of a smaller model: shows that everything works"
+    )
+    parser.add_argument(
+        "--out", default="demo", metavar="DIR", help="where models, table and figure go (default: demo)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each model")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and data order (default: 0)")
+
+
+def patch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub name of a checkpoint")
+    parser.add_argument("--to", required=True, metavar="OUT", help="folder to save the patched model in")
+    parser.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
+    parser.add_argument(
+        "--degree", type=int, metavar="P", help="of the polynomial (default: 3, or what --coefficients gives)"
+    )
+    parser.add_argument("--normalization", metavar="Z", help="sqrt_length, length, sum, l1, l2, none or a number")
+    parser.add_argument(
+        "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="attention modules to patch; the rest stay softmax"
+    )
+    parser.add_argument("--qk-norm", action="store_true", help="RMS-normalise queries and keys")
+    parser.add_argument("--learn-gain", action="store_true", help="train one gain for each head")
+    parser.add_argument("--calibrate", metavar="FILE", help="text on which each head is fitted to softmax")
+    parser.add_argument(
+        "--fit",
+        choices=("coefficients", "gain"),
+        help="what --calibrate sets: the whole polynomial by least squares, or alpha and gain alone (default: gain)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="convert only this share of the heads, those that a polynomial fits best; needs --calibrate",
+    )
+    _json(parser)
+
+
+def inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
+    _json(parser)
+
+
+def card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder of a saved model")
+    parser.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
+    parser.add_argument("--results", metavar="FILE", help="results.json of the run that made it")
+    parser.add_argument("--twin", metavar="FILE", help="results.json of the softmax run to stand beside it")
+    parser.add_argument("--base-model", metavar="NAME", help="what it was made from (default: what the results say)")
+    parser.add_argument("--license", metavar="ID", help="such as apache-2.0 (default: that of the base model)")
+    parser.add_argument(
+        "--figure", metavar="FILE", help="image to show (default: losses, drawn from the metrics.jsonl of the runs)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="where the card goes (default: PATH/README.md)")
+    _json(parser)
+
+
+def push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder of a saved model with its card")
+    parser.add_argument("--to", required=True, metavar="USER/NAME", help="repository; it is created if need be")
+    parser.add_argument("--private", action="store_true", help="create it as a private one")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    _json(parser)
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "demo": (demo, "pretrain a small GPT-2 with softmax and with a cubic, side by side (minutes)"),
+    "patch": (patch, "load a checkpoint, make its attention polynomial, save it"),
+    "inspect": (inspect, "say which attention of a checkpoint is polynomial, and with what numbers"),
+    "card": (card, "write the model card of a checkpoint, and its results beside it"),
+    "push": (push, "upload a saved model with its card to the Hub, in one commit"),
+    "doctor": (_json, "say which forms of the operation this machine has, and why not the others"),
+}
+"""Name -> what names its arguments, and its line in --help; in the order of --help."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-polyattn",
         description="Polynomial attention instead of softmax for Hugging Face Transformers models.",
+        epilog=STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument(
@@ -46,80 +140,18 @@ def build_parser() -> argparse.ArgumentParser:
         "register_architecture; may be repeated",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    demo = commands.add_parser(
-        "demo", help="pretrain a small GPT-2 with softmax and with a cubic, side by side (minutes)"
-    )
-    demo.add_argument(
-        "--quick", action="store_true", help="a few steps of a smaller model: shows that everything works"
-    )
-    demo.add_argument("--out", default="demo", metavar="DIR", help="where models, table and figure go (default: demo)")
-    demo.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each model")
-    demo.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and data order (default: 0)")
-
-    patch = commands.add_parser("patch", help="load a checkpoint, make its attention polynomial, save it")
-    patch.add_argument("source", metavar="SOURCE", help="folder or Hub name of a checkpoint")
-    patch.add_argument("--to", required=True, metavar="OUT", help="folder to save the patched model in")
-    patch.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
-    patch.add_argument(
-        "--degree", type=int, metavar="P", help="of the polynomial (default: 3, or what --coefficients gives)"
-    )
-    patch.add_argument("--normalization", metavar="Z", help="sqrt_length, length, sum, l1, l2, none or a number")
-    patch.add_argument(
-        "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
-    )
-    patch.add_argument(
-        "--layers", type=int, nargs="+", metavar="L", help="attention modules to patch; the rest stay softmax"
-    )
-    patch.add_argument("--qk-norm", action="store_true", help="RMS-normalise queries and keys")
-    patch.add_argument("--learn-gain", action="store_true", help="train one gain for each head")
-    patch.add_argument("--calibrate", metavar="FILE", help="text on which each head is fitted to softmax")
-    patch.add_argument(
-        "--fit",
-        choices=("coefficients", "gain"),
-        help="what --calibrate sets: the whole polynomial by least squares, or alpha and gain alone (default: gain)",
-    )
-    patch.add_argument(
-        "--budget",
-        type=float,
-        metavar="SHARE",
-        help="convert only this share of the heads, those that a polynomial fits best; needs --calibrate",
-    )
-
-    inspect = commands.add_parser(
-        "inspect", help="say which attention of a checkpoint is polynomial, and with what numbers"
-    )
-    inspect.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
-    card = commands.add_parser("card", help="write the model card of a checkpoint, and its results beside it")
-    card.add_argument("path", metavar="PATH", help="folder of a saved model")
-    card.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
-    card.add_argument("--results", metavar="FILE", help="results.json of the run that made it")
-    card.add_argument("--twin", metavar="FILE", help="results.json of the softmax run to stand beside it")
-    card.add_argument("--base-model", metavar="NAME", help="what it was made from (default: what the results say)")
-    card.add_argument("--license", metavar="ID", help="such as apache-2.0 (default: that of the base model)")
-    card.add_argument(
-        "--figure", metavar="FILE", help="image to show (default: losses, drawn from the metrics.jsonl of the runs)"
-    )
-    card.add_argument("--out", metavar="FILE", help="where the card goes (default: PATH/README.md)")
-
-    push = commands.add_parser("push", help="upload a saved model with its card to the Hub, in one commit")
-    push.add_argument("path", metavar="PATH", help="folder of a saved model with its card")
-    push.add_argument("--to", required=True, metavar="USER/NAME", help="repository; it is created if need be")
-    push.add_argument("--private", action="store_true", help="create it as a private one")
-    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
-    push.add_argument("--message", metavar="TEXT", help="of the commit")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    push.add_argument("--json", action="store_true", help="print JSON")
-
-    commands.add_parser("doctor", help="say which forms of the operation this machine has, and why not the others")
+    for name, (add_arguments, line) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + "."))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C (argparse exits with 2)."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:
+        # a shell asks what may follow; it only does where argcomplete is installed
+        importlib.import_module("argcomplete").autocomplete(parser)
+    args = parser.parse_args(argv)
     return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
 
 
@@ -127,20 +159,16 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command says, and prints its report."""
     for name in args.modules:
         import_module(name)
-    if args.command == "demo":
-        from hf_polyattn.demo import run_demo
-
-        run_demo(out=args.out, quick=args.quick, steps=args.steps, seed=args.seed)
-    else:
-        from hf_polyattn import commands
-
-        try:
-            print(getattr(commands, args.command)(args))
-        except ValueError as error:
-            if "hf_polyattn.register_" not in str(error):
-                raise
-            # there is no Python here in which to call it
-            raise ValueError(f"{error}: {IMPORT}") from error
+    command = importlib.import_module(f"hf_polyattn.commands.{args.command}")
+    try:
+        report = command.run(args)
+    except ValueError as error:
+        if "hf_polyattn.register_" not in str(error):
+            raise
+        # there is no Python here in which to call it
+        raise ValueError(f"{error}: {IMPORT}") from error
+    if report:
+        print(report)
 
 
 def import_module(name: str) -> None:

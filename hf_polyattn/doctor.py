@@ -1,6 +1,7 @@
 """Which forms of the operation this machine has, and why not the others."""
 
 import platform
+from typing import Any
 
 import torch
 import transformers
@@ -10,26 +11,41 @@ from .ops import cpu, fused
 from .ops.crossover import CROSSOVER
 
 
-def report() -> str:
-    """Versions, processor, and one line a form; compiles the CPU form if that has not been done."""
+def facts() -> dict[str, Any]:
+    """Versions, processor, and which forms are here; compiles the CPU form if that has not been done."""
     build = cpu.build()
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     fused_problem = fused.problem("cuda")
-    rows = [
-        ("recurrent", "yes", f"plain torch in linear time, for low degrees; {_where_it_pays()}"),
-        ("cpu", "no" if build.problem else "yes", build.problem or f"compiled for {build.instruction_set}"),
-        ("fused", "no" if fused_problem else "yes", fused_problem or "Triton kernels for this GPU"),
-        ("tiled", "yes", "plain torch in linear memory, on any device"),
-        ("naive", "yes", "the definition; what output_attentions and activations other than polynomials take"),
+    forms = [
+        ("recurrent", True, f"plain torch in linear time, for low degrees; {_where_it_pays()}"),
+        ("cpu", not build.problem, build.problem or f"compiled for {build.instruction_set}"),
+        ("fused", not fused_problem, fused_problem or "Triton kernels for this GPU"),
+        ("tiled", True, "plain torch in linear memory, on any device"),
+        ("naive", True, "the definition; what output_attentions and activations other than polynomials take"),
     ]
+    return {
+        "versions": {
+            "hf_polyattn": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "Python": platform.python_version(),
+        },
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "forms": {form: {"here": here, "why": why} for form, here, why in forms},
+    }
+
+
+def report() -> str:
+    """The facts as text: versions, processor, and one line a form."""
+    found = facts()
+    forms = [(form, "yes" if entry["here"] else "no", entry["why"]) for form, entry in found["forms"].items()]
     return "\n".join(
         [
-            f"hf_polyattn {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"Python {platform.python_version()}",
-            f"processor {name}, {torch.get_num_threads()} threads; GPUs: {', '.join(devices) or 'none'}",
+            ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+            f"processor {found['processor']}, {found['threads']} threads; GPUs: {', '.join(found['gpus']) or 'none'}",
             "",
-            *(f"{form:<11}{here:<5}{why}" for form, here, why in [("form", "here", "why"), *rows]),
+            *(f"{form:<11}{here:<5}{why}" for form, here, why in [("form", "here", "why"), *forms]),
         ]
     )
 

@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import hf_polyattn
-from hf_polyattn import commands, demo
+from hf_polyattn import demo
+from hf_polyattn.commands import demo as demo_command
+from hf_polyattn.commands import patch
 from hf_polyattn.diagnostics import weight_norms
 from hf_polyattn.ops import cpu
 from hf_polyattn.ops.forms import FORMS
@@ -150,7 +152,7 @@ def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):
     ],
 )
 def test_patch_refuses_before_the_model_is_loaded(words, message, stock, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands, "load_checkpoint", lambda path: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(patch, "load_checkpoint", lambda path: pytest.fail("the model was loaded"))
     code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "out", *words)
     assert code == 1
     assert message in error
@@ -326,7 +328,7 @@ def test_interrupt_has_its_own_status(monkeypatch, capsys):
     def stop(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run_demo", stop)
+    monkeypatch.setattr(demo_command, "run_demo", stop)
     assert run(capsys, "demo") == (130, "", "interrupted\n")
 
 

@@ -10,7 +10,7 @@ from card_results import RESULTS, TWIN
 from huggingface_hub import ModelCard
 from models import patched_tiny
 
-from hf_polyattn import commands
+from hf_polyattn.commands import push as push_command
 from hf_polyattn_cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def test_commands_of_the_guide_run(runs, monkeypatch, capsys):
         pushed.append((path, name, options))
         return type("Done", (), {"commit_url": "https://hub/commit", "pr_url": None, "oid": "abc"})()
 
-    monkeypatch.setattr(commands, "publish", push)
+    monkeypatch.setattr(push_command, "push", push)
     assert [language for language, _ in BLOCKS] == ["bash", "bash", "python"]
     for language, text in BLOCKS:
         if language == "python":

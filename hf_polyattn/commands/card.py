@@ -1,0 +1,50 @@
+"""`hf-polyattn card`: the model card of a checkpoint, with what belongs beside it."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+from ..figures import draw_losses
+from ..hub import CARD
+from ..model_card import model_card, portable, read_results
+from .loading import load_checkpoint
+
+
+def run(args: Namespace) -> str:
+    """Writes the card of args.path; results and figure go beside it, where `push` finds them."""
+    folder = Path(args.path)
+    out = Path(args.out) if args.out else folder / CARD
+    results, twin = (read_results(path) if path else None for path in (args.results, args.twin))
+    model = load_checkpoint(args.path)
+    runs = {"this model": args.results, "softmax twin": args.twin}
+    logs = {label: Path(path).with_name("metrics.jsonl") for label, path in runs.items() if path}
+    figure = _figure(args.figure, {label: log for label, log in logs.items() if log.exists()}, out.parent)
+    text = model_card(
+        model,
+        results,
+        twin,
+        name=args.name or folder.resolve().name,
+        base_model=args.base_model,
+        license=args.license,
+        figure=figure,
+    )
+    if text.data.get("license") is None:
+        raise ValueError("the licence cannot be told from the base model: name it, such as --license apache-2.0")
+    text.save(out)
+    written = {"card": str(out), "figure": str(out.parent / figure) if figure else None}
+    for key, content, name in (("results", results, "results.json"), ("twin", twin, "results_softmax.json")):
+        written[key] = str(out.parent / name) if content else None
+        if content:
+            (out.parent / name).write_text(json.dumps(portable(content), indent=2), encoding="utf-8")
+    return json.dumps(written, indent=2) if args.json else f"card: {out}"
+
+
+def _figure(given: str | None, logs: dict[str, Path], folder: Path) -> str | None:
+    """Name of the image in `folder`: a copy of the given one, or the losses of `logs`; None without either."""
+    if given:
+        target = folder / Path(given).name
+        if not target.exists() or not target.samefile(given):
+            shutil.copyfile(given, target)
+        return target.name
+    return draw_losses(logs, folder / "losses.png").name if logs else None

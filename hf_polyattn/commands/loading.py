@@ -1,0 +1,88 @@
+"""Checkpoints as the commands take them: a folder or a Hub name; every error says what to do."""
+
+from pathlib import Path
+
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .. import models
+from ..architectures import STOCK_PREFIX
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_checkpoint(path: str) -> PreTrainedModel:
+    """The model at `path` (folder or Hub name), in the class that its config.json names.
+
+    Raises:
+        FileNotFoundError: when `path` is neither a folder nor can be a Hub name.
+        ValueError: when config.json names no class, or one that Transformers does not have.
+    """
+    transformers.logging.disable_progress_bar()
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"no such folder: {path}")
+    if holds_adapters(path):
+        raise ValueError(
+            f"{path} holds adapters and no whole model: merge them first, as with "
+            f"hf_polyattn.training.lora.load_trained(AutoModelForCausalLM, Path({path!r})).save_pretrained(OUT)"
+        )
+    _check_model_type(path)
+    config = AutoConfig.from_pretrained(path)
+    names = config.architectures or []
+    if not names:
+        raise ValueError(f"config.json of {path} names no architectures, so the class of the model cannot be told")
+    cls = getattr(models, names[0], None) or getattr(transformers, names[0], None)
+    if cls is None:
+        raise ValueError(f"{path} is a {names[0]}, which this version of transformers does not have")
+    return cls.from_pretrained(path)
+
+
+def holds_adapters(path: str) -> bool:
+    """Whether a folder holds adapters of PEFT and no whole model."""
+    return Path(path, ADAPTER_CONFIG).is_file() and not Path(path, "config.json").exists()
+
+
+def load_adapted(path: str) -> tuple[PreTrainedModel, str]:
+    """The base model of the adapters in a folder with the adapters merged in, and what these are.
+
+    Raises:
+        FileNotFoundError: when the base that they name is a folder that is not there.
+    """
+    # only here: it takes a second, and most checkpoints need no PEFT
+    from peft import PeftConfig, PeftModel
+
+    adapters = PeftConfig.from_pretrained(path)
+    base = str(adapters.base_model_name_or_path)
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"the adapters in {path} belong to the model in {base}, which is not there: bring it back, or correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    model = PeftModel.from_pretrained(load_checkpoint(base), path).merge_and_unload()
+    rank = f" of rank {adapters.r}" if hasattr(adapters, "r") else ""
+    return model, f"{getattr(adapters.peft_type, 'value', adapters.peft_type)} adapters{rank} of {base}, merged in"
+
+
+def _check_model_type(path: str) -> None:
+    """Raises for a polynomial checkpoint of an architecture that only its makers' own module registers."""
+    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type") or ""
+    if model_type.startswith(STOCK_PREFIX) and model_type not in CONFIG_MAPPING:
+        stock = model_type.removeprefix(STOCK_PREFIX)
+        raise ValueError(f"{path} is a {model_type}: it needs hf_polyattn.register_architecture({stock!r}, ...)")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, None when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+    # for a folder without tokenizer files Transformers makes one up that knows special tokens only
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None

@@ -1,0 +1,101 @@
+"""`hf-polyattn patch`: a checkpoint with polynomial attention, saved."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..activations import resolve_config
+from ..models import read_settings
+from ..patch_report import Source, advice, describe
+from ..patching import coverage, patch_model
+from .loading import load_checkpoint, load_tokenizer
+
+BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
+"""Calibration from a file: batches, sequences of each, and tokens of each at most."""
+
+
+def run(args: Namespace) -> str:
+    """Loads args.source, patches it, saves it with its tokenizer in args.to."""
+    out = Path(args.to)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not empty: give --to a new folder")
+    # before the model is read, which may take minutes
+    _check_calibration(args)
+    options = _options(args)
+    resolve_config(args.activation, **{name: value for name, value in options.items() if name != "budget"})
+    model = load_checkpoint(args.source)
+    tokenizer = load_tokenizer(args.source)
+    if args.calibrate:
+        if tokenizer is None:
+            raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
+        options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
+        options["fit"] = args.fit or "gain"
+    source = Source.of(model)
+    patch_model(model, args.activation, **options)
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    settings, what_next = read_settings(model.config), advice(source, model)
+    if args.json:
+        covered = coverage(model)
+        report = {
+            "saved": str(out),
+            "tokenizer": tokenizer is not None,
+            "patched": dict(covered.patched),
+            "softmax": list(covered.softmax),
+            "config": settings.to_dict(),
+            "advice": what_next,
+        }
+        return json.dumps(report, indent=2)
+    found = "" if tokenizer is not None else " (no tokenizer was found in the source)"
+    return f"saved to {out}: {describe(settings)}{found}\n{what_next}"
+
+
+def _check_calibration(args: Namespace) -> None:
+    if args.calibrate and not Path(args.calibrate).is_file():
+        raise FileNotFoundError(f"no such text for --calibrate: {args.calibrate}")
+    if args.fit and not args.calibrate:
+        raise ValueError("--fit says what --calibrate sets: give it a text too")
+    if args.budget is not None and not args.calibrate:
+        raise ValueError("--budget needs --calibrate FILE, the text on which it finds the heads that fit best")
+    if args.budget is not None and not 0 < args.budget <= 1:
+        raise ValueError(f"--budget must be a share of the heads, above 0 and up to 1, got {args.budget:g}")
+
+
+def _options(args: Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "degree": args.degree,
+        "layers": args.layers,
+        "qk_norm": args.qk_norm or None,
+        "learn_gain": args.learn_gain or None,
+        "budget": args.budget,
+    }
+    if args.coefficients:
+        options["coefficients"] = tuple(args.coefficients)
+    if args.normalization:
+        try:
+            options["normalization"] = float(args.normalization)
+        except ValueError:
+            options["normalization"] = args.normalization
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:
+    """Up to BATCHES tensors of input ids [SEQUENCES, T] from the start of a text file.
+
+    Raises:
+        ValueError: for a text that does not fill one batch.
+    """
+    length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    size = SEQUENCES * length
+    if len(ids) < size:
+        raise ValueError(f"{file} holds {len(ids)} tokens, and calibration needs at least {size}")
+    return [
+        torch.tensor(ids[at : at + size]).view(SEQUENCES, length)
+        for at in range(0, min(len(ids), BATCHES * size) - size + 1, size)
+    ]
