@@ -80,6 +80,51 @@ def inspect(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def eval_(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint, patched or stock")
+    parser.add_argument("--against", metavar="OTHER", help="a second checkpoint beside it, such as its softmax twin")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="text: loss in nats per token, perplexity, bits per byte")
+    what.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON or parquet of texts and labels, for a classifier")
+    what.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="tasks of lm-evaluation-harness (pip install lm-eval)"
+    )
+    text = parser.add_argument_group("with --text")
+    text.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens seen at a time (default: PATH's positions, 1024 at most)"
+    )
+    text.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="from one block to the next; fewer give more context (default: a block)",
+    )
+    data = parser.add_argument_group("with --data")
+    data.add_argument(
+        "--metric",
+        nargs="+",
+        metavar="NAME",
+        choices=("accuracy", "f1", "loss", "pearson", "spearman", "mean_squared_error"),
+        help="accuracy, f1, loss; of a model that gives a value pearson, spearman, mean_squared_error (default: all)",
+    )
+    data.add_argument("--text-column", metavar="NAME", help="column of the text (default: text)")
+    data.add_argument("--pair-column", metavar="NAME", help="column of the second text, where there are pairs")
+    data.add_argument("--label-column", metavar="NAME", help="column of the label or value (default: label)")
+    data.add_argument("--column-names", nargs="+", metavar="NAME", help="of CSV and TSV files without a header line")
+    data.add_argument("--max-length", type=int, metavar="N", help="cut texts to N tokens (default: PATH's positions)")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument(
+        "--include-path", "--include_path", metavar="DIR", help="folder of YAML files of tasks of yours"
+    )
+    tasks.add_argument("--shots", type=int, metavar="N", help="worked examples in front (default: what the task says)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the checkpoint's own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N blocks, rows or documents of a task")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="at a time; does not change the result")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the checkpoint's own)")
+    _json(parser)
+
+
 def card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder of a saved model")
     parser.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
@@ -112,6 +157,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (demo, "pretrain a small GPT-2 with softmax and with a cubic, side by side (minutes)"),
     "patch": (patch, "load a checkpoint, make its attention polynomial, save it"),
     "inspect": (inspect, "say which attention of a checkpoint is polynomial, and with what numbers"),
+    "eval": (eval_, "measure a checkpoint, alone or beside another: a text, labelled data, tasks of lm-eval"),
     "card": (card, "write the model card of a checkpoint, and its results beside it"),
     "push": (push, "upload a saved model with its card to the Hub, in one commit"),
     "doctor": (_json, "say which forms of the operation this machine has, and why not the others"),
