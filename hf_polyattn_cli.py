@@ -125,6 +125,21 @@ def eval_(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [-h] [--accelerate FILE] [--processes N] [RECIPE [CONFIG] [--name value ...]]"
+    parser.add_argument("--accelerate", metavar="FILE", help="of accelerate: a path, or a name such as ddp or fsdp2")
+    parser.add_argument("--processes", type=int, metavar="N", help="one for each GPU (default: what accelerate says)")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="such as pretrain_causal_lm, or a path; none: list what there is"
+    )
+    parser.add_argument(
+        "words",
+        metavar="CONFIG --name value",
+        nargs=argparse.REMAINDER,
+        help="of the recipe: a YAML file, or the name of one of its configurations, and fields that differ from it",
+    )
+
+
 def card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder of a saved model")
     parser.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
@@ -157,6 +172,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (demo, "pretrain a small GPT-2 with softmax and with a cubic, side by side (minutes)"),
     "patch": (patch, "load a checkpoint, make its attention polynomial, save it"),
     "inspect": (inspect, "say which attention of a checkpoint is polynomial, and with what numbers"),
+    "train": (train, "run a recipe: pretrain, fine-tune; stands for accelerate launch recipes/RECIPE.py"),
     "eval": (eval_, "measure a checkpoint, alone or beside another: a text, labelled data, tasks of lm-eval"),
     "card": (card, "write the model card of a checkpoint, and its results beside it"),
     "push": (push, "upload a saved model with its card to the Hub, in one commit"),

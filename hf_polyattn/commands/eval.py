@@ -117,7 +117,8 @@ def _evaluate(path: str, args: Namespace, measure: Measure) -> tuple[dict[str, A
         raise ValueError(
             f"{args.tokenizer or path} holds no tokenizer: name the one that {path} was trained with, --tokenizer DIR"
         )
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {path} {rows}: use the model's own tokenizer")
     if tokenizer.pad_token is None:

@@ -1,0 +1,157 @@
+"""`hf-polyattn train`: which script it starts, with which words, and what becomes of its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from cli_runs import run, write
+
+from hf_polyattn.commands import train
+
+SCRIPT = """
+import json, os, sys
+print(json.dumps({"words": sys.argv[1:], "processes": os.environ.get("ACCELERATE_NUM_PROCESSES")}))
+sys.exit(3 if "--fail" in sys.argv else 0)
+"""
+
+ON_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\n"
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder of recipes with one script that says what it was given; the command runs beside it."""
+    folder = tmp_path / "recipes"
+    for name in ("configs/paint", "accelerate"):
+        (folder / name).mkdir(parents=True)
+    write(folder / "paint.py", SCRIPT)
+    write(folder / "study_paint.py", SCRIPT)
+    write(folder / "configs" / "paint" / "quick.yaml", "colour: red\n")
+    write(folder / "accelerate" / "cpu.yaml", ON_CPU)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that would be started."""
+    commands = []
+
+    class Process:
+        def __init__(self, command):
+            commands.append([str(word) for word in command])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(train.subprocess, "Popen", Process)
+    return commands
+
+
+def test_a_recipe_runs_under_accelerate_and_its_failure_is_passed_on(clone, capfd):
+    code, said, error = run(capfd, "train", "--accelerate", "cpu", "paint", "quick", "--size", 3)
+    assert code == 0, error
+    config = clone / "configs" / "paint" / "quick.yaml"
+    assert json.loads(said)["words"] == [str(config), "--size", "3"]
+    with pytest.raises(SystemExit) as stop:
+        run(capfd, "train", "--accelerate", "cpu", "paint", "--fail")
+    # accelerate ends with 1 whatever its script ends with
+    assert stop.value.code == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_names_and_paths(clone, started, capsys):
+    script, config = clone / "paint.py", clone / "configs" / "paint" / "quick.yaml"
+    elsewhere = write(clone.parent / "mine.yaml", "")
+    for words, end in (
+        (["paint"], [script]),
+        (["paint.py", "quick.yaml"], [script, config]),
+        (["paint", config, "--size=2"], [script, config, "--size=2"]),
+        (["paint", elsewhere.name], [script, elsewhere.name]),
+        (["recipes/study_paint.py", "--seeds", "1"], ["recipes/study_paint.py", "--seeds", "1"]),
+        (["--processes", "1", "paint", "--processes", "9"], ["--num_processes", "1", script, "--processes", "9"]),
+        (["--accelerate", "cpu", "paint"], ["--config_file", clone / "accelerate" / "cpu.yaml", script]),
+    ):
+        code, _, error = run(capsys, "train", *words)
+        assert code == 0, error
+        launch, rest = started[-1][:5], started[-1][5:]
+        assert launch == [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+        assert rest == list(map(str, end))
+    assert run(capsys, "train", "paint", "--help")[0] == 0
+    assert started[-1] == [sys.executable, str(script), "--help"]
+
+
+def test_listing_names_recipes_with_their_configurations(clone, capsys):
+    code, said, _ = run(capsys, "train")
+    assert code == 0
+    assert str(clone) in said
+    assert said.splitlines()[1:] == ["  paint: quick"]
+
+
+def test_recipes_of_this_clone_are_found_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run(capsys, "train")
+    assert code == 0
+    assert "  pretrain_causal_lm: debug_cpu, " in said
+    assert "study" not in said
+
+
+def test_recipes_of_an_installed_package_are_found(clone, started, tmp_path, monkeypatch, capsys):
+    package = tmp_path / "site" / train.PACKAGE
+    package.parent.mkdir()
+    clone.rename(package)
+    monkeypatch.setattr(train, "FOLDER", "nowhere")
+    monkeypatch.syspath_prepend(package.parent)
+    assert run(capsys, "train", "paint", "quick")[0] == 0
+    assert started[-1][-2:] == [str(package / "paint.py"), str(package / "configs" / "paint" / "quick.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["draw"], "no recipe 'draw' in HERE/recipes: there are paint"),
+        (["./draw.py"], "no recipe './draw.py'"),
+        (["paint", "slow"], "paint: no configuration 'slow': give the path of a YAML file, or one of quick from"),
+        (["--accelerate", "ddp", "paint"], "--accelerate: no configuration 'ddp'"),
+        (["--processes", "0", "paint"], "--processes must be 1 or more, got 0"),
+        (["--processes", "999", "paint"], "torchrun --standalone --nproc_per_node 999 HERE/recipes/paint.py"),
+    ],
+)
+def test_errors_name_the_remedy(words, message, clone, started, capsys):
+    code, said, error = run(capsys, "train", *words)
+    assert (code, said) == (1, "")
+    assert message.replace("HERE", str(clone.parent)) in error
+    assert not started
+
+
+def test_without_recipes_the_error_says_where_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "FOLDER", "nowhere")
+    for words in (["paint"], []):
+        code, _, error = run(capsys, "train", *words)
+        assert code == 1
+        assert "the recipes are in the repository of hf_polyattn: clone it and run this in the clone" in error
+
+
+def test_modules_of_the_users_do_not_get_lost(clone, started, capsys):
+    code, _, error = run(capsys, "--import", "json", "train", "paint")
+    assert code == 1
+    assert "--import does not reach paint" in error
+    assert not started
+
+
+def test_signals_become_the_status_of_a_shell():
+    process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"])
+    assert train._wait(process) == 128 + 15
+
+
+@pytest.mark.slow
+def test_the_real_recipe_trains(tmp_path):
+    command = [sys.executable, "-m", "hf_polyattn_cli", "train", "--accelerate", "cpu", "pretrain_causal_lm"]
+    words = ["debug_cpu", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*command, *words], capture_output=True, text=True, env=env, timeout=400)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 1
