@@ -164,6 +164,24 @@ def push(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def bench(parser: argparse.ArgumentParser) -> None:
+    passes, phis = ("forward", "forward+backward", "decode"), ("coefficients", "s^3", "s^2")
+    parser.add_argument("--quick", action="store_true", help="float32 at N = 256 and few rounds: seconds")
+    parser.add_argument("--passes", nargs="+", choices=passes, default=passes, help="(default: all)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), help="(default: float32 bfloat16)"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="of keys (default: 512 2048)")
+    parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="(default: 64)")
+    parser.add_argument("--mask", choices=("causal", "full", "padded"), default="causal", help="(default: causal)")
+    parser.add_argument("--phis", nargs="+", choices=phis, default=phis[:2], help="(default: coefficients s^3)")
+    parser.add_argument("--forms", nargs="+", metavar="FORM", help="(default: cpu tiled; on a GPU fused tiled)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="for the rounds of one cell (default: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: a GPU where there is one)")
+    _json(parser)
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
@@ -176,6 +194,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "eval": (eval_, "measure a checkpoint, alone or beside another: a text, labelled data, tasks of lm-eval"),
     "card": (card, "write the model card of a checkpoint, and its results beside it"),
     "push": (push, "upload a saved model with its card to the Hub, in one commit"),
+    "bench": (bench, "time the attention on this machine, every form of it beside softmax"),
     "doctor": (_json, "say which forms of the operation this machine has, and why not the others"),
 }
 """Name -> what names its arguments, and its line in --help; in the order of --help."""

@@ -14,193 +14,30 @@ import csv
 import datetime
 import itertools
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hf_polyattn
-from hf_polyattn.ops import polynomial_attention
 from hf_polyattn.ops.cpu import build
-
-HEADS = 12
-TOKENS = 1024
-"""Of a batch: sequences of N tokens come TOKENS / N at a time, one at least."""
-PASSES = ("forward", "forward+backward", "decode")
-MASKS = ("causal", "full", "padded")
-PHIS: dict[str, dict] = {
-    "s^2": {"degree": 2},
-    "s^3": {"degree": 3},
-    "coefficients": {"coefficients": (0.5, 0.5, 0.5, 1 / 6)},
-}
-BASELINE = "softmax sdpa"
+from hf_polyattn.timing import BASELINE, MASKS, PASSES, PHIS, Cell, Timing, measure
 
 
-@dataclass(frozen=True)
-class Cell:
-    pass_: str
-    dtype: str
-    mask: str
-    head_dim: int
-    length: int
-    device: str
-
-    def __str__(self) -> str:
-        return f"{self.pass_}, {self.dtype}, {self.mask}, d={self.head_dim}, N={self.length}"
-
-    @property
-    def queries(self) -> int:
-        return 1 if self.pass_ == "decode" else self.length
-
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def sdpa(cell: Cell, keep: torch.Tensor | None, backend: SDPBackend | None = None) -> Attention:
-    causal = cell.mask == "causal" and cell.queries > 1
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal)
-
-    return run
-
-
-def eager(cell: Cell, keep: torch.Tensor | None) -> Attention:
-    """As Transformers' eager attention: scores, an additive mask, softmax in fp32."""
-    rows = torch.arange(cell.queries, device=cell.device)[:, None] + cell.length - cell.queries
-    seen = torch.arange(cell.length, device=cell.device) <= rows if cell.mask == "causal" else keep
-    least = torch.finfo(getattr(torch, cell.dtype)).min
-    bias = (
-        None if seen is None else torch.zeros_like(seen, dtype=getattr(torch, cell.dtype)).masked_fill_(~seen, least)
-    )
-
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if bias is not None:
-            scores = scores + bias
-        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-
-    return run
-
-
-def polynomial(cell: Cell, keep: torch.Tensor | None, phi: str, form: str) -> Attention:
-    causal = cell.mask == "causal" and cell.queries > 1
-    options = {**PHIS[phi], "normalization": "length", "is_causal": causal, "keep": keep, "backend": form}
-    return lambda q, k, v: polynomial_attention(q, k, v, **options)
-
-
-def candidates(cell: Cell, keep: torch.Tensor | None, phis: list[str], forms: list[str]) -> dict[str, Attention]:
-    """Name -> attention, the baseline first. What a machine cannot run is left out, with a line that says why."""
-    found = {BASELINE: sdpa(cell, keep), "softmax eager": eager(cell, keep)}
-    if cell.device == "cuda":
-        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-        found |= {f"softmax {name}": sdpa(cell, keep, backend) for name, backend in backends.items()}
-    for phi, form in itertools.product(phis, forms):
-        found[f"{phi} {form}"] = polynomial(cell, keep, phi, form)
-    return found
-
-
-def tensors(cell: Cell) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """q, k, v, and the keep mask of the padded cells: a quarter of the keys, on the left, is padding."""
-    torch.manual_seed(0)
-    batch, dtype = max(1, TOKENS // cell.length), getattr(torch, cell.dtype)
-    qkv = []
-    for rows in (cell.queries, cell.length, cell.length):
-        x = torch.randn(batch, rows, HEADS, cell.head_dim, dtype=dtype, device=cell.device)
-        qkv.append(x.transpose(1, 2).requires_grad_(cell.pass_ == "forward+backward"))
-    keep = None
-    if cell.mask == "padded":
-        keep = torch.arange(cell.length, device=cell.device) >= cell.length // 4
-        keep = keep.expand(batch, 1, cell.queries, cell.length)
-    return qkv, keep
-
-
-def step_of(cell: Cell, attention: Attention, qkv: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """One timed call; returns the output."""
-    grad = torch.ones((), dtype=qkv[0].dtype, device=cell.device).expand(*qkv[0].shape[:3], qkv[2].shape[3])
-
-    def step() -> torch.Tensor:
-        with torch.set_grad_enabled(cell.pass_ == "forward+backward"):
-            out = attention(*qkv)
-        if cell.pass_ == "forward+backward":
-            torch.autograd.grad(out, qkv, grad)
-        return out.detach()
-
-    return step
-
-
-def relative_error(
-    cell: Cell, name: str, out: torch.Tensor, qkv: list[torch.Tensor], keep: torch.Tensor | None
-) -> float:
-    """Against the definition in float64, on the first sequence and two heads."""
-    q, k, v = (x.detach()[:1, :2].double() for x in qkv)
-    keep = None if keep is None else keep[:1]
-    phi = name.rsplit(" ", 1)[0]
-    exact = polynomial(cell, keep, phi, "naive") if phi in PHIS else sdpa(cell, keep)
-    expected = exact(q, k, v)
-    rows = slice(None) if keep is None else keep[0, 0].any(-1)  # softmax is free in rows that see nothing
-    got = out[:1, :2].double()
-    return ((got - expected)[..., rows, :].norm() / expected[..., rows, :].norm()).item()
-
-
-def measure(cell: Cell, phis: list[str], forms: list[str], seconds: float) -> list[dict[str, object]]:
-    """The rows of one cell: medians of interleaved rounds, as many as fit into `seconds`, five at least."""
-    qkv, keep = tensors(cell)
-    steps: dict[str, Callable[[], torch.Tensor]] = {}
-    errors: dict[str, float] = {}
-    for name, attention in candidates(cell, keep, phis, forms).items():
-        step = step_of(cell, attention, qkv)
-        try:
-            out = step()
-        except (RuntimeError, ValueError) as error:
-            tqdm.write(f"{cell}: no {name}: {str(error).splitlines()[0]}")
-            continue
-        steps[name], errors[name] = step, relative_error(cell, name, out, qkv, keep)
-        most = 1e-5 if cell.dtype == "float32" else 2e-2
-        if not errors[name] < most:
-            sys.exit(f"{cell}: {name} is wrong by {errors[name]:.2g}: nothing is timed")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[BASELINE]) < 5:
-        for name, step in steps.items():
-            times[name].append(timed(step, cell.device))
-    baseline = statistics.median(times[BASELINE])
-    rows: list[dict[str, object]] = []
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        rows.append(
-            {
-                **{"pass": cell.pass_, "dtype": cell.dtype, "mask": cell.mask},
-                **{"head_dim": cell.head_dim, "length": cell.length, "candidate": name},
-                "milliseconds": round(median * 1e3, 4),
-                "quartiles": f"{low * 1e3:.4g} to {high * 1e3:.4g}",
-                "ratio_to_sdpa": round(baseline / median, 3),
-                "relative_error": f"{errors[name]:.2g}",
-                "rounds": len(values),
-            }
-        )
-    return rows
-
-
-def timed(step: Callable[[], torch.Tensor], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def row_of(timing: Timing) -> dict[str, object]:
+    """A line of the csv."""
+    cell, (low, median, high) = timing.cell, timing.seconds
+    return {
+        **{"pass": cell.pass_, "dtype": cell.dtype, "mask": cell.mask},
+        **{"head_dim": cell.head_dim, "length": cell.length, "candidate": timing.candidate},
+        "milliseconds": round(median * 1e3, 4),
+        "quartiles": f"{low * 1e3:.4g} to {high * 1e3:.4g}",
+        "ratio_to_sdpa": round(timing.ratio, 3),
+        "relative_error": f"{timing.relative_error:.2g}",
+        "rounds": timing.rounds,
+    }
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -293,7 +130,7 @@ def main() -> None:
     ]
     rows = []
     for cell in tqdm(cells, desc="cells"):
-        rows += measure(cell, args.phis, args.forms, args.seconds)
+        rows += map(row_of, measure(cell, args.phis, args.forms, args.seconds, tqdm.write))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *environment])
