@@ -21,8 +21,10 @@ EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
 IMPORT = "name the module that calls it with --import, as in hf-polyattn --import MODULE patch ..."
 
 STATUS = """exit status: 0 after success; 1 after an error, which is one line on standard error; 2 for wrong usage;
-130 after Ctrl-C. Reports go to standard output, progress to standard error; --json prints a report for programs.
-hf-polyattn COMMAND --help shows the options of a command."""
+130 after Ctrl-C; train ends with what accelerate launch ends with. Reports go to standard output, progress to
+standard error; --json prints a report for programs. hf-polyattn COMMAND --help shows the options of a command.
+
+completion, with argcomplete installed: eval "$(register-python-argcomplete hf-polyattn)" where your shell starts"""
 
 
 class _Version(argparse.Action):
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 after an error, 130 after Ctrl-C (argparse exits with 2)."""
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:
-        # a shell asks what may follow; it only does where argcomplete is installed
+        # a shell asks what may follow: nothing must run, so that where argcomplete is missing this is an error
         importlib.import_module("argcomplete").autocomplete(parser)
     args = parser.parse_args(argv)
     return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)

@@ -1,6 +1,8 @@
 """The console script: what it prints, how it fails, and that it answers without importing torch."""
 
+import importlib
 import json
+import os
 import re
 import resource
 import subprocess
@@ -21,7 +23,7 @@ from hf_polyattn.ops import cpu
 from hf_polyattn.ops.forms import FORMS
 from hf_polyattn.tables import format_table
 from hf_polyattn.training.tokenizers import byte_tokenizer
-from hf_polyattn_cli import main
+from hf_polyattn_cli import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,44 @@ def test_help_imports_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("[]\n")
-    assert all(command in result.stdout for command in ("demo", "patch", "inspect"))
+    assert all(f"\n    {command} " in result.stdout for command in COMMANDS)
+    for promise in ("0 after success; 1 after an error", "2 for wrong usage", "130 after Ctrl-C"):
+        assert promise in result.stdout
+
+
+def test_every_command_has_its_module_and_its_help(capsys):
+    for name, (_, line) in COMMANDS.items():
+        assert callable(importlib.import_module(f"hf_polyattn.commands.{name}").run)
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert line[1:] in said
+        # those two report as they go
+        assert name in ("demo", "train") or "--json print JSON instead of text" in said
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    pytest.importorskip("argcomplete", reason="argcomplete is not installed: pip install argcomplete")
+
+    def completed(line):
+        out = tmp_path / "completions"
+        shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+        env = {**os.environ, **shell, "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+        subprocess.run([sys.executable, "-m", "hf_polyattn_cli"], env=env, check=True)
+        return out.read_text().split()
+
+    assert completed("hf-polyattn do") == ["doctor"]
+    assert completed("hf-polyattn eval model --bl") == ["--block-size"]
+    assert completed("hf-polyattn patch model --fit g") == ["gain"]
+
+
+def test_a_shell_that_asks_runs_nothing_where_completion_is_missing(tmp_path):
+    env = {**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": "hf-polyattn demo"}
+    code = "import sys; sys.modules['argcomplete'] = None; import hf_polyattn_cli; hf_polyattn_cli.main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
 
 
 def test_help_takes_less_than_a_third_of_a_second():
@@ -236,6 +275,29 @@ def test_doctor_says_which_forms_there_are(problem, monkeypatch, capsys):
     assert [line.split()[0] for line in said.splitlines()[4:]] == list(FORMS)
     assert re.search(r"recurrent  yes  .* linear time.* 11,500 .degree 2. tokens", said)
     assert f"torch {torch.__version__}" in said
+
+
+def test_doctor_and_its_json_agree(capsys):
+    said = run(capsys, "doctor")[1]
+    facts = json.loads(run(capsys, "doctor", "--json")[1])
+    assert list(facts["forms"]) == list(FORMS)
+    assert facts["versions"]["torch"] == torch.__version__
+    for form, entry in facts["forms"].items():
+        assert f"{form:<11}{'yes' if entry['here'] else 'no':<5}{entry['why']}" in said
+
+
+def test_patch_and_card_report_as_json(stock, tmp_path, capsys):
+    out = tmp_path / "out"
+    report = json.loads(run(capsys, "patch", stock, "--to", out, "--degree", 2, "--layers", 0, "--json")[1])
+    assert report["saved"] == str(out)
+    assert report["tokenizer"] is True
+    assert report["patched"] == {"transformer.h.0.attn": 2}
+    assert report["softmax"] == ["transformer.h.1.attn"]
+    assert report["config"]["degree"] == 2
+    assert "trained for softmax" in report["advice"]
+    report = json.loads(run(capsys, "card", out, "--license", "mit", "--json")[1])
+    assert report == {"card": str(out / "README.md"), "figure": None, "results": None, "twin": None}
+    assert (out / "README.md").exists()
 
 
 @pytest.mark.parametrize(
