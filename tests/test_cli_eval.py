@@ -289,6 +289,43 @@ def test_labels_and_columns_that_are_not_there(classifier, tmp_path, capsys):
     assert "is no language model, which --text needs: for a classifier give --data FILE" in error
 
 
+def test_classes_with_numbers_for_names_are_no_indices(tmp_path, capsys):
+    """Classes 1 and 2 have the indices 0 and 1: a label 0 is a mistake, and 1 is the first class."""
+    names = {"id2label": {0: "1", 1: "2"}, "label2id": {"1": 0, "2": 1}}
+    folder = save(tmp_path / "numbers", "bert", AutoModelForSequenceClassification, **names)
+    found = report(capsys, folder, "--data", csv_of(tmp_path / "rows.csv", [("even", 1), ("odd", 2)]))
+    logits = logits_by_hand(folder, ["even", "odd"])
+    assert scores_of(found)["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 1])).item(), rel=1e-4)
+    code, _, error = run(capsys, "eval", folder, "--data", csv_of(tmp_path / "rows.csv", [("even", 0)]))
+    assert code == 1
+    assert "row 0 has the label 0, and the model's classes are ['1', '2']" in error
+
+
+def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path, capsys):
+    small = save(tmp_path / "small", vocab_size=100, pad_token_id=0)
+    path = write(tmp_path / "text.txt", TEXT)
+    code, _, error = run(capsys, "eval", small, "--text", path, "--tokenizer", folders / "softmax")
+    assert code == 1
+    assert "the tokenizer has 261 tokens, " in error
+    assert "use the model's own tokenizer" in error
+
+
+def test_adapters_are_measured_with_their_base(folders, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(folders / "cubic")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "lora")
+    AutoTokenizer.from_pretrained(folders / "cubic").save_pretrained(tmp_path / "lora")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    path = write(tmp_path / "text.txt", TEXT * 3)
+    words = ["--against", tmp_path / "merged", "--tokenizer", folders / "cubic", "--text", path]
+    found = report(capsys, tmp_path / "lora", *words)
+    assert scores_of(found) == pytest.approx(scores_of(found, 1), rel=1e-5)
+    assert "LORA adapters of rank 2" in found["checkpoints"][0]["adapters"]
+    assert scores_of(found) != scores_of(report(capsys, folders / "cubic", "--text", path))
+
+
 def test_models_of_different_kinds_are_not_compared(folders, tmp_path, capsys):
     path = write(tmp_path / "text.txt", TEXT * 3)
     words = ["--against", folders / "bert", "--text", path, "--block-size", 16]
@@ -347,7 +384,7 @@ def test_tasks_of_the_harness(folders, tmp_path, capsys):
     code, said, _ = run(capsys, "eval", folders / "cubic", *words, "--limit", 4, "--shots", 1)
     assert code == 0
     assert "parity acc" in said
-    assert "parity 4 documents" in said
+    assert said.splitlines()[-2].startswith("parity 4 documents; ")
     code, _, error = run(capsys, "eval", folders / "cubic", "--tasks", "prity", "--include-path", tmp_path)
     assert code == 1
     assert "no task 'prity' in" in error

@@ -1,12 +1,14 @@
 """`hf-polyattn eval`: what a checkpoint is worth, alone or beside another one."""
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +35,8 @@ Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Evaluation]
 def run(args: Namespace) -> str:
     """Measures args.path, and args.against if there is one, as a table or as JSON."""
     _check(args)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     names = [args.path, args.against] if args.against else [args.path]
     measure = _measure(args)
     reports, found = [], []
@@ -172,10 +176,10 @@ def _as_table(args: Namespace, reports: list[dict], found: list[Evaluation], apa
         rows.append([name, *cells, *([_shown(apart[name], sign=True)] if apart else [])])
     first = reports[0]
     device = " and ".join(dict.fromkeys(f"{report['dtype']} on {report['device']}" for report in reports))
-    source = getattr(args, _kind(args))
+    source = "" if args.tasks else f"{args.text or args.data}: "
     lines = [
         format_table(header, rows),
-        f"{source if isinstance(source, str) else ', '.join(source)}: {_described(found[0])}; {device}",
+        f"{source}{_described(found[0])}; {device}",
     ]
     if any(score.standard_error is not None for score in found[0].scores.values()):
         lines.append("±: standard error" + ("; of the difference, paired" if _is_paired(apart) else ""))
