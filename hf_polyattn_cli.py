@@ -142,6 +142,24 @@ def train(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def convert(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [-h] SOURCE --to OUT [options] [-- [CONFIG.yaml] [--name value ...]]"
+    parser.epilog = (
+        "behind --: a YAML file and fields of recipes/convert.py, such as -- --transfer.steps 500 --batch_size 8"
+    )
+    parser.add_argument("source", metavar="SOURCE", help="softmax checkpoint: a folder, a Hub name or a .gguf file")
+    parser.add_argument("--to", required=True, metavar="OUT", help="folder of the model and its report")
+    parser.add_argument("--text", metavar="DATA", help="text file or Hub data set (default: the standard library)")
+    parser.add_argument("--degree", type=int, metavar="P", help="of the polynomial (default: 3)")
+    parser.add_argument("--normalization", metavar="Z", help="sqrt_length, length, l1, l2, none or a number")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="S", help="of the heads, easiest first, such as 0.25 0.5 1"
+    )
+    parser.add_argument("--twin", action="store_true", help="fine-tune softmax on as many tokens, to compare")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the order of the data (default: 1)")
+    _json(parser)
+
+
 def card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder of a saved model")
     parser.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
@@ -192,6 +210,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (demo, "pretrain a small GPT-2 with softmax and with a cubic, side by side (minutes)"),
     "patch": (patch, "load a checkpoint, make its attention polynomial, save it"),
     "inspect": (inspect, "say which attention of a checkpoint is polynomial, and with what numbers"),
+    "convert": (convert, "convert a pretrained checkpoint in stages: calibrate, transfer, distil; report each"),
     "train": (train, "run a recipe: pretrain, fine-tune; stands for accelerate launch recipes/RECIPE.py"),
     "eval": (eval_, "measure a checkpoint, alone or beside another: a text, labelled data, tasks of lm-eval"),
     "card": (card, "write the model card of a checkpoint, and its results beside it"),
@@ -234,7 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         # a shell asks what may follow: nothing must run, so that where argcomplete is missing this is an error
         importlib.import_module("argcomplete").autocomplete(parser)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse takes what stands behind -- for positional arguments, each Python version after its own fashion
+    cut = words.index("--") if words[:1] == ["convert"] and "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
+    args.words = getattr(args, "words", words[cut + 1 :])
     return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ class Steps:
         if self.early_stop is None or self._waited < self.early_stop.patience:
             return False
         if self.progress:
-            tqdm.write(f"{self.name}: no better for {self._waited} measurements, stopped after {self.done} steps")
+            what = f"no better for {self._waited} measurements, stopped after {self.done} steps"
+            tqdm.write(f"{self.name}: {what}", file=sys.stderr)
         return True
 
     def _save(self, file: Path) -> None:

@@ -18,6 +18,8 @@ from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 GROUPS = (ConversionArguments, AttentionArguments, ConversionTextArguments)
 answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
 
+import transformers
+
 from hf_polyattn.converting.pipeline import convert
 from hf_polyattn.converting.report import ConversionReport
 
@@ -25,6 +27,7 @@ from hf_polyattn.converting.report import ConversionReport
 def main(argv: list[str] | None = None) -> ConversionReport:
     """Converts as `argv` says and returns the report."""
     args, attention, text = parse_arguments(argv, GROUPS, description=__doc__)
+    transformers.logging.disable_progress_bar()  # its own: of every checkpoint that is written and read
     report = convert(args, attention, text)
     print(f"\n{report}\n\nsaved: {args.output_dir}; figure: {args.output_dir}/conversion.png")
     return report

@@ -176,7 +176,7 @@ def test_a_killed_conversion_goes_on_to_the_same_end(stage, teachers, text, tmp_
     killed(teachers, text, tmp_path / "out", monkeypatch, stage)
     assert not (tmp_path / "out" / "results.json").exists()
     again = run(teachers(), text, tmp_path / "out", *STAGES)
-    assert "going on in" in capsys.readouterr().out
+    assert "going on in" in capsys.readouterr().err
     assert [row.score for row in again.rows] == [row.score for row in straight.rows]
     assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "straight"))
 

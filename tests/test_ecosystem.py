@@ -105,6 +105,6 @@ def test_quantised_bases_are_patched_calibrated_and_saved(kind, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
     assert isinstance(again, PolyModelMixin)
-    # without gradients, as in calibration, bitsandbytes repacks 4-bit weights for the processor and rounds their scales
+    # without gradients, as in calibration, bitsandbytes repacks 4-bit weights and rounds their scales
     tolerance = 1e-2 if kind == "load_in_4bit" else 0
     torch.testing.assert_close(again(**batch).logits, expected, rtol=0, atol=tolerance)

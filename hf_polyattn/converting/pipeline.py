@@ -250,7 +250,7 @@ class _Job:
 
     @staticmethod
     def say(line: str) -> None:
-        tqdm.write(line)
+        tqdm.write(line, file=sys.stderr)
 
 
 def _check(args: ConversionArguments, attention: AttentionArguments) -> PolyAttentionConfig:

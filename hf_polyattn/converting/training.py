@@ -1,6 +1,7 @@
 """One stage of a conversion, run on a student: what each kind of stage calls."""
 
 import copy
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -37,7 +38,7 @@ def run_calibration(
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     options = {"inputs": stage.inputs, "monotone": stage.monotone} if stage.fit == "coefficients" else {}
     report = calibrate(student, inputs, fit=stage.fit, **options)
-    tqdm.write(str(report))
+    tqdm.write(str(report), file=sys.stderr)
     return report if isinstance(report, CoefficientReport) else None
 
 
@@ -54,7 +55,7 @@ def run_training(
     if isinstance(stage, TransferStage):
         options = {name: value for name, value in asdict(stage).items() if name != "steps"}
         report: Any = transfer_attention(student, teacher, batches, steps=steps, checkpoint=checkpoint, **options)
-        tqdm.write(str(report))
+        tqdm.write(str(report), file=sys.stderr)
         return student, report.losses.mean(1).tolist(), report.tokens, report.seconds
     skipped = ("steps", "eval_steps", "patience", "lora_r", "lora_alpha")
     options = {name: value for name, value in asdict(stage).items() if name not in skipped}
@@ -72,7 +73,7 @@ def run_training(
             early_stop=early,
             **options,
         )
-    tqdm.write(str(report))
+    tqdm.write(str(report), file=sys.stderr)
     merged = trained.merge_and_unload() if stage.lora_r else trained  # type: ignore[operator]
     return merged, report.losses.tolist(), report.tokens, report.seconds
 
