@@ -191,6 +191,8 @@ class ConversionTextArguments(TextArguments):
 
     tokenizer: str = ""
     """Empty: the checkpoint's own. bytes, chars, a folder or a Hub name otherwise."""
+    block_size: int | None = None  # type: ignore[assignment]
+    """Tokens the model sees at once. Empty: 256, or the model's positions where it has fewer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ from .tasks import Task, task_for
 from .training import convert_heads, run_calibration, run_training
 
 PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
+BLOCK = 256
+"""Tokens at a time, where nothing else is said."""
 CALIBRATED = "01-calibrate"
 PATCHED = "patched"
 
@@ -78,6 +80,9 @@ def convert(
         raise ValueError("a conversion runs in one process: start it without accelerate's --num_processes")
     teacher = load_teacher(args.model)
     folder = ConversionFolder(args.output_dir, settings_yaml(args, attention, text))
+    if text.block_size is None:
+        positions = getattr(teacher.config, "max_position_embeddings", None) or BLOCK
+        text = replace(text, block_size=min(BLOCK, positions))
     device = PartialState().device
     teacher.to(device)
     tokenizer = _tokenizer(args, text)
