@@ -289,6 +289,20 @@ def test_labels_and_columns_that_are_not_there(classifier, tmp_path, capsys):
     assert "is no language model, which --text needs: for a classifier give --data FILE" in error
 
 
+@torch.no_grad()
+def test_long_texts_are_cut(classifier, tmp_path, capsys):
+    path = csv_of(tmp_path / "rows.csv", [(TEXT * 3, "odd"), ("short", "even")])
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    # the model has 64 positions
+    for words, length in (([], 64), (["--max-length", 5], 5)):
+        cut = [tokenizer(x, truncation=True, max_length=length, return_tensors="pt") for x in (TEXT * 3, "short")]
+        logits = torch.stack([model(**inputs).logits[0] for inputs in cut])
+        expected = F.cross_entropy(logits, torch.tensor([2, 0])).item()
+        found = report(capsys, classifier, "--data", path, "--metric", "loss", *words)
+        assert scores_of(found)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_classes_with_numbers_for_names_are_no_indices(tmp_path, capsys):
     """Classes 1 and 2 have the indices 0 and 1: a label 0 is a mistake, and 1 is the first class."""
     names = {"id2label": {0: "1", 1: "2"}, "label2id": {"1": 0, "2": 1}}
