@@ -23,6 +23,8 @@ from .observing import real_tokens, run
 from .steps import StepCheckpoint, Steps, take, without_cache
 from .tables import format_table
 
+NEGLIGIBLE = 1e-3
+"""Normalised error below which a student follows its teacher: it may rise again, as a noise of the steps."""
 Train = Literal["all", "query_key", "state"]
 
 
@@ -89,7 +91,8 @@ def transfer_attention(
     Raises:
         ValueError: for models that do not fit together or share weights, too little data, nothing to train, or a
             teacher whose output is not finite (names the module).
-        RuntimeError: when training has not lowered the loss on the first batch; the student keeps its trained weights.
+        RuntimeError: when training has not lowered the loss on the first batch and it is not negligible; the student
+            keeps its trained weights.
     """
     if train not in get_args(Train):
         raise ValueError(f"train must be one of {get_args(Train)}, got {train!r}")
@@ -116,7 +119,7 @@ def transfer_attention(
         after = _layer_losses(teacher, pairs, stepping.first_inputs, backward=False)
     losses = torch.stack(stepping.losses)
     report = TransferReport(tuple(p.name for p in pairs), losses, losses[0], after, stepping.tokens, stepping.seconds)
-    if not after.mean() < losses[0].mean():
+    if not after.mean() < max(losses[0].mean(), NEGLIGIBLE):
         raise RuntimeError(
             f"attention transfer has not lowered the loss: {losses[0].mean():.3g} on the first batch before, "
             f"{after.mean():.3g} after {total} steps. Lower the learning rates, or give it more steps"
