@@ -3,9 +3,7 @@
 import ast
 import importlib.metadata
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,27 +171,6 @@ def test_pins_name_no_package_of_a_device():
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "Makefile", ".ci/run"])
 def test_first_screen_is_there(name):
     assert (ROOT / name).stat().st_size > 100
-
-
-@pytest.mark.slow
-def test_an_installed_package_has_all_it_needs(tmp_path):
-    """As `pip install .`, without an index: the command starts, and the source of the kernel is there."""
-    source = tmp_path / "source"
-    for path in project_files():
-        (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, source / path.relative_to(ROOT))
-    target = tmp_path / "target"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
-    files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    package = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".cpp", ".md")}
-    assert package | {"hf_polyattn_cli.py", "hf_polyattn_arguments.py", "hf_polyattn_scripts.py"} <= files
-    env = {**os.environ, "PYTHONPATH": str(target)}
-    command = [sys.executable, str(target / "bin" / "hf-polyattn"), "--help"]
-    shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-    assert "inspect" in shown
-    where = [sys.executable, "-c", "import hf_polyattn_cli as c; print(c.__file__)"]
-    assert str(target) in subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
 
 
 def test_license_is_the_one_in_the_metadata():
