@@ -165,7 +165,10 @@ def test_the_oldest_pins_are_the_lower_bounds():
     oldest = pins("constraints-oldest.txt")
     for name in ("transformers", "accelerate", "peft", "datasets", "evaluate", "tokenizers", "safetensors"):
         (bound,) = [s.version for s in requirements()[name].specifier if s.operator == ">="]
-        assert (Version(oldest[name]).major, Version(oldest[name]).minor) == (Version(bound).major, Version(bound).minor)
+        assert (Version(oldest[name]).major, Version(oldest[name]).minor) == (
+            Version(bound).major,
+            Version(bound).minor,
+        )
     for name, requirement in requirements().items():
         assert requirement.specifier.contains(oldest[name]), name
 
