@@ -4,6 +4,7 @@ Beside the package for the reason that `hf_polyattn_arguments` gives.
 """
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -174,15 +175,23 @@ class ConversionArguments:
         values: dict[str, Any] = {}
         kind = word
         if word.endswith((".yaml", ".yml")):
-            path = Path(word)
-            if not path.is_file():
-                raise ValueError(f"no such file for a stage: {path}")
-            values = mapping(word, path.read_text(encoding="utf-8"))
+            values = mapping(word, _find(word).read_text(encoding="utf-8"))
             kind = values.pop("stage", "")
         if kind not in STAGES:
             raise ValueError(f"a stage is one of {list(STAGES)} or a YAML file that says stage: NAME, got {word!r}")
         values |= mapping(kind, getattr(self, kind))
         return kind, parse_values(STAGES[kind], values, kind)
+
+
+def _find(word: str) -> Path:
+    """A stage's file: where the command runs, or among the recipes that are installed with the package."""
+    path = Path(word)
+    spec = importlib.util.find_spec("hf_polyattn_recipes") if path.parts[0] == "recipes" else None
+    installed = [Path(folder, *path.parts[1:]) for folder in (spec.submodule_search_locations or () if spec else ())]
+    for candidate in (path, *installed):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"no such file for a stage: {path}")
 
 
 @dataclass

@@ -119,7 +119,7 @@ def transfer_attention(
         after = _layer_losses(teacher, pairs, stepping.first_inputs, backward=False)
     losses = torch.stack(stepping.losses)
     report = TransferReport(tuple(p.name for p in pairs), losses, losses[0], after, stepping.tokens, stepping.seconds)
-    if not after.mean() < max(losses[0].mean(), NEGLIGIBLE):
+    if not after.mean().item() < max(losses[0].mean().item(), NEGLIGIBLE):
         raise RuntimeError(
             f"attention transfer has not lowered the loss: {losses[0].mean():.3g} on the first batch before, "
             f"{after.mean():.3g} after {total} steps. Lower the learning rates, or give it more steps"

@@ -22,7 +22,7 @@ from hf_polyattn import versions
 from hf_polyattn.versions import SUPPORTED, check_versions
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-MODULES = {"hf_polyattn_cli.py", "hf_polyattn_arguments.py", "hf_polyattn_scripts.py"}
+MODULES = {f"hf_polyattn_{name}.py" for name in ("arguments", "cli", "scripts", "stages")}
 
 
 # --- sdist and wheel
@@ -59,7 +59,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(built[1].namelist())
     code = {p.relative_to(ROOT).as_posix() for p in project_files() if PACKAGE in p.parents}
     assert {path.rpartition(".")[2] for path in code} >= {"py", "cpp", "jinja"}
-    assert {name for name in names if ".dist-info/" not in name} == code | MODULES
+    recipes = [p.relative_to(ROOT / "recipes") for p in project_files() if ROOT / "recipes" in p.parents]
+    carried = {f"hf_polyattn_recipes/{p.as_posix()}" for p in recipes if p.parts[0] != "results"}
+    assert any(name.endswith("debug_cpu.yaml") for name in carried)
+    assert {name for name in names if ".dist-info/" not in name} == code | MODULES | carried
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
