@@ -128,6 +128,7 @@ def test_errors_name_the_remedy(words, message, clone, started, capsys):
 def test_without_recipes_the_error_says_where_they_are(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "FOLDER", "nowhere")
+    monkeypatch.setattr(train, "PACKAGE", "nowhere_either")
     for words in (["paint"], []):
         code, _, error = run(capsys, "train", *words)
         assert code == 1
