@@ -7,7 +7,7 @@ once, so that no more than one layer's activations of one batch are ever held.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -20,6 +20,7 @@ from .architectures import get_architecture
 from .evaluating import evaluating
 from .models import PolyModelMixin, states
 from .observing import real_tokens, run
+from .private.penalty import ScoreRangePenalty
 from .steps import StepCheckpoint, Steps, take, without_cache
 from .tables import format_table
 
@@ -65,6 +66,8 @@ def transfer_attention(
     learning_rate: float = 1e-3,
     final_learning_rate: float = 1e-5,
     polyattn_learning_rate: float = 1e-2,
+    penalty: ScoreRangePenalty | None = None,
+    penalty_weight: float = 0.1,
     checkpoint: StepCheckpoint | None = None,
     progress: bool = True,
 ) -> TransferReport:
@@ -83,6 +86,8 @@ def transfer_attention(
             and outputs; "state": only what the patch learns (coefficients, gain, ...).
         learning_rate: of weights, along a cosine to final_learning_rate.
         polyattn_learning_rate: of the few numbers that the patch learns, along the same cosine.
+        penalty: `private.score_range_penalty(student, bound)`, to keep scores within a bound: each layer's is
+            added to its loss, times penalty_weight, and not to what is reported.
         checkpoint: where to keep the steps, and to go on from after a stop: with the same `batches`, losses are those
             of a run that was not stopped.
         progress: show a bar.
@@ -96,6 +101,8 @@ def transfer_attention(
     """
     if train not in get_args(Train):
         raise ValueError(f"train must be one of {get_args(Train)}, got {train!r}")
+    if penalty is not None and penalty.model is not student:
+        raise ValueError("the penalty is of another model: make it with score_range_penalty(student, bound)")
     pairs = _pairs(student, teacher)
     total, taken = take(batches, steps)
     weights = list(_weights(student, pairs, train))
@@ -107,22 +114,27 @@ def transfer_attention(
     ]
     if not any(group["params"] for group in groups):
         raise ValueError(f'train="{train}" leaves nothing to train: this patch learns nothing by itself')
+    extra = None if penalty is None else lambda: penalty_weight * penalty.take()
     stepping = Steps(groups, total, "attention transfer", checkpoint=checkpoint, progress=progress)
     with (
+        contextlib.nullcontext() if penalty is None else penalty,
         _training_only(student, [*weights, *learned]),
         _gradients_of_chosen_columns(student, pairs, train),
         evaluating(student),
         evaluating(teacher),
     ):
         for inputs in stepping.over(taken):
-            stepping.take(_layer_losses(teacher, pairs, inputs, backward=True))
-        after = _layer_losses(teacher, pairs, stepping.first_inputs, backward=False)
+            stepping.take(torch.stack(_layer_losses(teacher, pairs, inputs, backward=True, extra=extra)))
+        after, trained = _layer_losses(teacher, pairs, stepping.first_inputs, backward=False, extra=extra)
+    # [steps, 2, modules]: what is reported, and what was trained
     losses = torch.stack(stepping.losses)
-    report = TransferReport(tuple(p.name for p in pairs), losses, losses[0], after, stepping.tokens, stepping.seconds)
-    if not after.mean().item() < max(losses[0].mean().item(), NEGLIGIBLE):
+    reported, first = losses[:, 0], losses[0, 1].mean().item()
+    names = tuple(pair.name for pair in pairs)
+    report = TransferReport(names, reported, reported[0], after, stepping.tokens, stepping.seconds)
+    if not trained.mean().item() < max(first, NEGLIGIBLE):
         raise RuntimeError(
-            f"attention transfer has not lowered the loss: {losses[0].mean():.3g} on the first batch before, "
-            f"{after.mean():.3g} after {total} steps. Lower the learning rates, or give it more steps"
+            f"attention transfer has not lowered the loss: {first:.3g} on the first batch before, "
+            f"{trained.mean():.3g} after {total} steps. Lower the learning rates, or give it more steps"
         )
     return report
 
@@ -186,10 +198,18 @@ def refuse_shared(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def _layer_losses(
-    teacher: PreTrainedModel, pairs: Sequence[_Pair], inputs: dict[str, Any], *, backward: bool
-) -> torch.Tensor:
-    """[modules]: the normalised error of each student module on the teacher's own inputs; sends each one backward."""
-    losses = torch.zeros(len(pairs))
+    teacher: PreTrainedModel,
+    pairs: Sequence[_Pair],
+    inputs: dict[str, Any],
+    *,
+    backward: bool,
+    extra: Callable[[], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised error of each student module on the teacher's own inputs, and what is trained; sends it backward.
+
+    Both are [modules]. extra: what is trained besides the error of the module that has just run.
+    """
+    losses, trained = torch.zeros(2, len(pairs))
     rows = real_tokens(inputs)
 
     def compare(index: int, pair: _Pair) -> Any:
@@ -210,9 +230,10 @@ def _layer_losses(
                 if not pair.is_projected:
                     given = pair.student_projection(given)
                 loss = normalised_error(given, _to(wanted, like), rows)
+                total = loss if extra is None else loss + extra()
                 if backward:
-                    loss.backward()
-            losses[index] = loss.item()
+                    total.backward()
+            losses[index], trained[index] = loss.item(), total.item()
 
         return hook
 
@@ -223,7 +244,7 @@ def _layer_losses(
     finally:
         for handle in handles:
             handle.remove()
-    return losses
+    return losses, trained
 
 
 def normalised_error(given: torch.Tensor, wanted: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

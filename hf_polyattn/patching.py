@@ -132,12 +132,12 @@ def patch_model(
         config = _with_measured(unwrap(model), resolve_config(activation, **options), options)
     elif options or degree is not None or activation != "poly":
         raise ValueError("give either config= or activation, degree and options, not both")
-    for report in _patch(model, config, batches, fit, target):
-        _say(report)
+    for report in apply_patch(model, config, batches, fit, target):
+        say(report)
     return model
 
 
-def _patch(
+def apply_patch(
     model: PreTrainedModel,
     config: PolyAttentionConfig,
     batches: list[Any] | None = None,
@@ -241,7 +241,7 @@ def set_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
         # not by `states`: an adapter keeps copies, and all of them compute from time to time
         if isinstance(module, PolyAttentionState):
             module.config = settings
-    _say(f"backend {backend} instead of {before.backend}; everything else stays")
+    say(f"backend {backend} instead of {before.backend}; everything else stays")
     return model
 
 
@@ -301,7 +301,7 @@ def choose_heads(
     config = resolve_config(activation, **{"alpha": "auto", "gain": "auto", **options})
     _check_unpatched(model)
     # in silence: what is patched here to be measured is not what the caller gets
-    _patch(model, config)
+    apply_patch(model, config)
     try:
         return fit_coefficients(base_model(model), batches).easiest(budget)
     finally:
@@ -385,7 +385,7 @@ def _undo_on_error(model: PreTrainedModel) -> Iterator[None]:
         raise
 
 
-def _say(report: object) -> None:
+def say(report: object) -> None:
     """Logs what was done, and shows it to those who have not set logging up."""
     package = logging.getLogger(__package__)
     if not package.hasHandlers():

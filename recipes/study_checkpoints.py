@@ -126,13 +126,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @contextlib.contextmanager
 def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Writes rows as they come, so that an interrupted study keeps what it has."""
-    is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
 
         def write(row: dict[str, Any]) -> None:
             writer = csv.DictWriter(file, list(row))
-            if is_new and file.tell() == 0:
+            # a study that was stopped before its first row has left an empty file
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
             file.flush()
