@@ -67,7 +67,7 @@ class PolyConfigMixin(_Config):
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT looks its default targets up by the model_type that it finds in this dictionary
-        add_peft_targets(self.model_type, self.stock_class.model_type)
+        add_peft_targets(type(self).model_type, self.stock_class.model_type)
         # GPT2LMHeadModel.from_pretrained would take our checkpoint with no more than a warning; asked for an
         # implementation that only this package registers, it raises
         return {**super().to_dict(), "attn_implementation": NAME}
@@ -230,6 +230,8 @@ def poly_config(config: PretrainedConfig, settings: PolyAttentionConfig) -> Pret
     """A copy of a stock configuration as the polynomial one, ready for `AutoModel….from_config`."""
     out = copy.deepcopy(config)
     out.__class__ = poly_config_class(type(config))
+    # a configuration that was loaded carries the name in itself too
+    out.__dict__.pop("model_type", None)
     setattr(out, NAME, settings.to_dict())
     out._attn_implementation = NAME
     register_models(cast(type[PolyConfigMixin], type(out)))

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from packaging.version import Version
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -14,9 +13,6 @@ from .attention import NAME
 from .config import PolyAttentionConfig
 from .models import chosen_heads, chosen_layers
 from .state import PolyAttentionState
-
-TESTED_TRANSFORMERS = ("5.20", "6")
-"""From this version of transformers on, and below that one."""
 
 
 def unwrap_outer(model: nn.Module) -> PreTrainedModel:
@@ -133,16 +129,6 @@ def _out_of_reach(model: PreTrainedModel, hosts: Iterable[nn.Module]) -> str:
         f"{', '.join(sorted(apart))} of {type(model).__name__} reads a copy of the model's configuration, as the "
         "parts of encoder-decoder models do, and would go on with softmax: it cannot be patched"
     )
-
-
-def check_transformers(version: str) -> None:
-    """Raises ImportError for a version of transformers that this package was not tested with."""
-    oldest, below = TESTED_TRANSFORMERS
-    if not Version(oldest) <= Version(Version(version).base_version) < Version(below):
-        raise ImportError(
-            f"transformers {version} is outside the range that this version of hf_polyattn was tested with: "
-            f'pip install "transformers>={oldest},<{below}", or upgrade hf_polyattn'
-        )
 
 
 def _related(name: str, known: str) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -37,11 +36,11 @@ from .patchable import (
     base_model,
     check_adapters,
     check_patchable,
-    check_transformers,
     unwrap,
     unwrap_outer,
 )
 from .state import PolyAttentionState
+from .versions import check_versions
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ def apply_patch(
 ) -> list[object]:
     """What patch_model does once the options are a config, without a word; returns what there is to say."""
     check_activation(config)
-    check_transformers(transformers.__version__)
+    check_versions()
     base = unwrap(model)
     check_adapters(model, base, config)
     check_patchable(base, config)

@@ -11,5 +11,5 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    source = files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
+    source = (files(__package__) / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(source).render(**values)

@@ -45,9 +45,9 @@ from hf_polyattn import (
     patched,
     set_backend,
     unpatch_model,
+    versions,
 )
 from hf_polyattn.models import states
-from hf_polyattn.patchable import check_transformers
 from hf_polyattn.state import PolyAttentionState
 
 T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
@@ -569,12 +569,10 @@ def test_unpatching_a_stock_model_is_refused():
         unpatch_model(tiny("gpt2"))
 
 
-def test_versions_of_transformers_outside_the_tested_range_are_named():
-    for version in ("5.20.0", "5.23.0", "5.23.0.dev0", "5.40.1"):
-        check_transformers(version)
-    for version in ("5.19.1", "6.0.0", "6.0.0.dev0"):
-        with pytest.raises(ImportError, match=f"transformers {version} is outside the range"):
-            check_transformers(version)
+def test_versions_are_checked_before_anything_is_changed(monkeypatch):
+    model = tiny("gpt2")
+    monkeypatch.setitem(versions.SUPPORTED, "torch", versions.Range("99", "100", tested="99"))
+    refuses('pip install "torch>=99,<100"', model, error=ImportError)
 
 
 def test_asking_a_stock_model_for_polyattn_is_refused():

@@ -396,3 +396,11 @@ def test_half_precision_state_follows_the_model(tmp_path):
     model.save_pretrained(tmp_path)
     same_state(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), model)
     assert all(x.isfinite().all() for x in (output(model), output(model.float(), **batch_for(model))))
+
+
+def test_a_patched_checkpoint_knows_its_model_type_before_it_is_saved(tmp_path):
+    """A configuration that was loaded carries model_type in itself, over that of its class."""
+    tiny("gpt2").save_pretrained(tmp_path)
+    model = patch_model(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert model.config.model_type == "polyattn_gpt2"
+    assert unpatch_model(model).config.model_type == "gpt2"
