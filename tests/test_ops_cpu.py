@@ -123,6 +123,22 @@ def test_masked_keys_may_hold_anything():
     assert torch.equal(polynomial_attention(q, k, v, degree=3, keep=keep, backend="cpu"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_keys_may_be_large_where_gradients_are_wanted(dtype):
+    """A power of their scores overflows, and 0 times infinity is no number."""
+    q, k, v = torch.randn(3, 1, 2, 40, 16).to(dtype)
+    keep = torch.ones(1, 1, 1, 40, dtype=torch.bool)
+    keep[..., 7] = keep[..., 33:] = False
+    results = []
+    for fill in (0.0, -1e9):
+        leaves = [q.requires_grad_(), k.masked_fill(~keep[0, 0, 0, :, None], fill).requires_grad_()]
+        leaves += [v.requires_grad_(), torch.rand(2, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()]
+        out = polynomial_attention(*leaves[:3], coefficients=leaves[3], keep=keep, backend="cpu")
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_checkpointing_and_double_use():
     q = torch.randn(1, 2, 50, 16, requires_grad=True)
     coefficients = torch.rand(2, 4, requires_grad=True)

@@ -315,6 +315,14 @@ def test_lengths_come_from_the_mask_not_from_the_width():
         ({"degree": None, "coefficients": [1.0] * 4, "normalization": "sum"}, "needs an even degree, got 3"),
         ({"degree": None, "coefficients": torch.ones(3, 4)}, r"must be \[p \+ 1\] or \[2, p \+ 1\], got \(3, 4\)"),
         ({"degree": None, "coefficients": torch.ones(())}, r"coefficients must be .* got \(\)"),
+        (
+            {"degree": None, "coefficients": [0.0, 1.0, 0.29], "normalization": "sum"},
+            r'needs weights of one sign, and the polynomial \(0.0, 1.0, 0.28.* falls below 0.*use "l1" or "l2"',
+        ),
+        (
+            {"degree": None, "coefficients": torch.tensor([[1.0, 0, 1], [0, 0, 0]]), "normalization": "sum"},
+            r"the polynomial \(0.0, 0.0, 0.0\) falls below 0, or is 0 throughout",
+        ),
         ({"normalization": "median"}, "normalization must be one of .*'median'"),
         ({"normalization": -1.0}, "must be a positive number, got -1.0"),
         ({"normalization": math.nan}, "must be a positive number, got nan"),

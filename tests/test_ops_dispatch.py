@@ -105,6 +105,14 @@ def test_what_the_fused_form_cannot_do_is_refused_by_name_and_left_to_others_by_
     assert choose_form("auto", call) == "tiled"
 
 
+@pytest.mark.parametrize("degree", [0, 17])
+def test_degrees_that_the_compiled_form_does_not_know_are_left_to_others_by_auto(degree, has_kernel):
+    reason = f"degrees 1 to 16, not {degree}"
+    with pytest.raises(ValueError, match=f'backend="cpu" cannot compute this call: it knows {reason}'):
+        choose_form("cpu", with_(degree=degree))
+    assert choose_form("auto", with_(degree=degree)) == "tiled"
+
+
 @pytest.fixture
 def degree_1_only(monkeypatch):
     """A crossover of degree 1 that no measurement changes."""

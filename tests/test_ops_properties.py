@@ -38,6 +38,8 @@ def problems(draw, dtypes=(torch.float64,), masked=True, square=False):
     options = {"normalization": draw(st.sampled_from(normalizations + ["sum"] * (degree % 2 == 0)))}
     if draw(st.booleans()):
         options["coefficients"] = 0.2 + torch.rand(heads, degree + 1, dtype=torch.float64)
+        if options["normalization"] == "sum":
+            options["coefficients"][:, 1::2] *= 0.2  # nowhere negative
     else:
         options["degree"] = degree
     if masked:

@@ -74,7 +74,8 @@ def polynomial_attention(
     Returns:
         [B, H, T, Dv] in the query's dtype, and the weights when asked for.
     Raises:
-        ValueError: for shapes or options that do not fit.
+        ValueError: for shapes or options that do not fit, and for "sum" with a polynomial that falls below 0 (outside
+            torch.compile).
         OverflowError: when a float16 output leaves float16's range (outside torch.compile).
         RuntimeError: when a gradient of any form but "naive" is differentiated again.
     """

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..activations import never_negative
 from ..config import NORMALIZATIONS
 
 
@@ -63,6 +64,15 @@ def check_degree(
         raise ValueError(f"degree must be an integer >= 1, got {degree!r}")
     if normalization == "sum" and degree % 2:
         raise ValueError(f'normalization "sum" needs an even degree, got {degree}: rows could sum to zero; use "l1"')
+    if normalization == "sum" and coefficients is not None and not torch.compiler.is_compiling():
+        # their values now: a graph that is being compiled has none
+        for row in sorted(set(map(tuple, coefficients.detach().tolist()))):
+            if not never_negative(row):
+                raise ValueError(
+                    f'normalization "sum" needs weights of one sign, and the polynomial {row} falls below 0, or is 0 '
+                    'throughout: rows could sum to zero; use "l1" or "l2", or coefficients of a polynomial that is '
+                    "nowhere negative, such as (0, 0, 1)"
+                )
 
 
 def _broadcasts(shape: torch.Size, full: tuple[int, ...]) -> bool:

@@ -620,6 +620,12 @@ __attribute__((noinline)) void strip_gradients(const T* q, int depth, const T* k
     multiply<HALF, 2>(dw, g, value_depth, 1, value_panels + (int64_t)j * value_depth, PANEL, value_depth / PAIR);
     UNROLL for (int i = 0; i < HALF; i++) UNROLL for (int n = 0; n < 2; n++) {
       vec score = s[i][n] * x.scaling, slope, grad = dw[i][n];
+      mask_vec kept{};
+      if (keep) {
+        // before phi: what a masked key holds may make its slope infinite, and 0 times that is no number
+        kept = *(const unaligned_mask*)(keep + i * BACKWARD_KEYS + j + n * LANES);
+        score = select(kept, score);
+      }
       vec w = phi.with_slope(score, slope);
       if constexpr (NORMALIZED) {
         vec p = broadcast(pull[i]);
@@ -627,11 +633,7 @@ __attribute__((noinline)) void strip_gradients(const T* q, int depth, const T* k
         else if (x.normalization == L1) grad -= (vec)((mask_vec)p & (w != 0)) * (vec)(((mask_vec)w & INT32_MIN) | (mask_vec)broadcast(1.0f));
         else grad -= p * w;
       }
-      if (keep) {
-        mask_vec kept = *(const unaligned_mask*)(keep + i * BACKWARD_KEYS + j + n * LANES);
-        w = select(kept, w);
-        grad = select(kept, grad);
-      }
+      if (keep) w = select(kept, w), grad = select(kept, grad);
       if (dc) {
         vec term = grad;
         dc[0] += term;

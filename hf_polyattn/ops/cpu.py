@@ -31,6 +31,7 @@ INSTRUCTION_SETS = {
 NORMALIZATIONS = {"sqrt_length": 0, "length": 1, "sum": 2, "l1": 3, "l2": 4}
 CONSTANT = 5
 DTYPES = (torch.float32, torch.bfloat16)
+MAX_DEGREE = 16
 
 logger = logging.getLogger(__name__)
 

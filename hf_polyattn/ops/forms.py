@@ -59,6 +59,8 @@ def _cpu_refusal(call: Call) -> str | None:
         return f"it has no {', '.join(call.extras)}"
     if call.is_empty:
         return "a dimension is 0"
+    if not 1 <= call.degree <= cpu.MAX_DEGREE:
+        return f"it knows degrees 1 to {cpu.MAX_DEGREE}, not {call.degree}"
     if torch.compiler.is_compiling():
         return None if cpu.is_loaded() else "it was not loaded before this graph was compiled"
     return cpu.build().problem
