@@ -53,7 +53,7 @@ class Problem:
     """One call, in float64 and with everything broadcast.
 
     query [B, H, T, D], key [B, Hk, S, D], value [B, Hk, S, Dv] as the caller passes them, keep [B, H, T, S],
-    coefficients [H, p + 1], alpha, beta and gain [H], bias [B, H, T, S], probe [B, H, T, Dv]: the gradient of the output.
+    coefficients [H, p + 1], alpha, beta and gain [H], bias [B, H, T, S], probe [B, H, T, Dv]: the output's gradient.
     """
 
     query: Tensor
@@ -212,7 +212,9 @@ def through_norm(x: Tensor, inverse: Tensor | None, most: Tensor, error: Tensor,
     error = rounding.returned(error, most)
     own = 2 * rounding.gamma(x.shape[-1] + 10)
     mean = lambda z: y * (y * z).mean(-1, keepdim=True)  # noqa: E731
-    return rounding.returned(inverse * (error + mean(error) + own * (most + mean(most))), inverse * (most + mean(most)))
+    return rounding.returned(
+        inverse * (error + mean(error) + own * (most + mean(most))), inverse * (most + mean(most))
+    )
 
 
 def divisor(

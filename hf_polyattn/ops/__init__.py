@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..activations import Phi, compose_affine, horner, power
+from ..activations import Phi, horner, power
+from .affine import shift_and_scale
 from .checks import check_degree, check_options, check_shapes
 from .cpu import cpu_attention
 from .forms import FORMS as FORMS
@@ -195,7 +196,7 @@ def attend(
             if alpha is not None and beta is not None:
                 if coefficients is None:
                     coefficients = monomial_coefficients(degree, query)
-                coefficients = compose_affine(coefficients, alpha, beta)
+                coefficients = shift_and_scale(coefficients, alpha, beta)
             options: dict[str, Any] = {"degree": degree, "coefficients": coefficients}
             if form == "recurrent":
                 options |= {"normalization": normalization, "scaling": scaling, "past": past}

@@ -16,21 +16,23 @@ def check_shapes(
     key_lengths: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"expected query [B, H, T, D], key [B, Hk, S, D], value [B, Hk, S, Dv]; got {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"batch, key length, key heads and head_dim must agree; got {shapes}")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"the number of query heads must be a multiple of the key heads; got {shapes}")
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) == 4:
+        raise ValueError(
+            f"expected query [B, H, T, D], key [B, Hk, S, D], value [B, Hk, S, Dv]; got {_shapes(q, k, v)}"
+        )
+    if k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
+        raise ValueError(f"batch, key length, key heads and head_dim must agree; got {_shapes(q, k, v)}")
+    if k[1] == 0 or q[1] % k[1]:
+        raise ValueError(f"the number of query heads must be a multiple of the key heads; got {_shapes(q, k, v)}")
+    full = (*q[:3], k[2])
     for name, mask in (("keep", keep), ("bias", bias)):
         if mask is not None and not _broadcasts(mask.shape, full):
             raise ValueError(f"{name} {tuple(mask.shape)} does not broadcast to [B, H, T, S] = {full}")
     if keep is not None and keep.dtype != torch.bool:
         raise ValueError(f"keep must be bool (True = may attend), got {keep.dtype}; see ops.masks.split_mask")
-    if key_lengths is not None and key_lengths.shape != (query.shape[0],):
-        raise ValueError(f"key_lengths must be [B] = [{query.shape[0]}], got {tuple(key_lengths.shape)}")
+    if key_lengths is not None and key_lengths.shape != q[:1]:
+        raise ValueError(f"key_lengths must be [B] = [{q[0]}], got {tuple(key_lengths.shape)}")
 
 
 def check_options(
@@ -73,6 +75,10 @@ def check_degree(
                     'throughout: rows could sum to zero; use "l1" or "l2", or coefficients of a polynomial that is '
                     "nowhere negative, such as (0, 0, 1)"
                 )
+
+
+def _shapes(query: torch.Size, key: torch.Size, value: torch.Size) -> str:
+    return f"query {tuple(query)}, key {tuple(key)}, value {tuple(value)}"
 
 
 def _broadcasts(shape: torch.Size, full: tuple[int, ...]) -> bool:

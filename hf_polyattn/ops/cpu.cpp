@@ -60,6 +60,21 @@ INLINE float add_lanes(vec v) {
   return v[0];
 }
 
+// lane l of the result is the sum of the lanes of v[l]: half the shuffles and adds of LANES times `add_lanes`, or less
+INLINE vec add_lanes_of_each(vec (&v)[LANES]) {
+  UNROLL for (int half = LANES / 2; half; half /= 2) {
+    mask_vec own{}, other{};
+    UNROLL for (int l = 0; l < LANES; l++) {
+      int from = l & half ? LANES : 0;
+      own[l] = from + l;
+      other[l] = from + (l ^ half);
+    }
+    UNROLL for (int i = 0; i < half; i++)
+      v[i] = __builtin_shuffle(v[i], v[i + half], own) + __builtin_shuffle(v[i], v[i + half], other);
+  }
+  return v[0];
+}
+
 INLINE float widen(float x) { return x; }
 INLINE float widen(bf16 x) {
   uint32_t bits = (uint32_t)x << 16;
@@ -478,14 +493,26 @@ template <class U, class T, class F> void forward(const Problem& x, Rows out, fl
 // ------------------------------------------------------------------------------------------------------- decode
 
 constexpr int DECODE_ROWS = 8;   // as many queries at most; more are worth packing the keys for
-constexpr int AHEAD = 12;        // keys for which memory is asked before they are read
+constexpr int AHEAD = 64;        // keys for which memory is asked before they are read
 constexpr int DECODE_KEYS = 64;  // whose keys and values stay in the first cache
 
-// Asks for rows j .. j + 3 of keys or values. Rows of other heads lie between those of one, often a page apart, where
-// the processor does not look ahead by itself.
-template <class U> inline void fetch(const U* row, int64_t stride, int width) {
-  for (int n = 0; n < 4; n++)
-    for (int d = 0; d < width; d += 64 / sizeof(U)) __builtin_prefetch(row + n * stride + d);
+// Asks the second cache for rows of keys or values, unless they adjoin: where rows of other heads lie between those of
+// one, often a page apart, the processor does not look ahead by itself.
+template <class U> INLINE void fetch(const U* row, int64_t stride, int width) {
+  if (stride == width) return;
+  UNROLL for (int n = 0; n < LANES; n++)
+    for (int d = 0; d < width; d += 64 / sizeof(U)) __builtin_prefetch(row + n * stride + d, 0, 2);
+}
+
+// q . k of one query and LANES keys: their sums do not wait for one another, and end in one vector. DEPTH 0: known at
+// run time only.
+template <int DEPTH, class U> INLINE vec dots(const float* q, const U* keys, int64_t row, int depth) {
+  vec sums[LANES] = {};
+  UNROLL for (int d = 0; d < (DEPTH ? DEPTH : depth); d += LANES) {
+    vec here = load(q + d);
+    UNROLL for (int n = 0; n < LANES; n++) sums[n] += load_wide(keys + n * row + d) * here;
+  }
+  return add_lanes_of_each(sums);
 }
 
 // A few queries against many keys: every key and value is read once, where it lies, for all heads that share it.
@@ -511,18 +538,14 @@ template <class U, class F> void decode(const Problem& x, Rows out, float* divis
       for (int j0 = from; j0 < to; j0 += DECODE_KEYS) {
         int count = std::min(DECODE_KEYS, to - j0), padded = up(count, LANES);
         int j = 0;
-        // four keys at once: their sums do not wait for one another
-        for (; depth == x.D && j + 4 <= count; j += 4) {
+        for (; depth == x.D && j + LANES <= count; j += LANES) {
           const U* key = x.k.at<U>(b, head, j0 + j);
           fetch(key + AHEAD * x.k.row, x.k.row, x.D);
-          fetch(x.v.at<U>(b, head, j0 + j), x.v.row, x.Dv);
+          fetch(x.v.at<U>(b, head, j0 + j) + AHEAD * x.v.row, x.v.row, x.Dv);
           for (int r = 0; r < rows; r++) {
-            vec sum[4] = {};
-            for (int d = 0; d < depth; d += LANES) {
-              vec here = load(&q[r * depth + d]);
-              UNROLL for (int n = 0; n < 4; n++) sum[n] += load_wide(key + n * x.k.row + d) * here;
-            }
-            UNROLL for (int n = 0; n < 4; n++) weights[r * DECODE_KEYS + j + n] = add_lanes(sum[n]);
+            const float* query = &q[r * depth];
+            store(&weights[r * DECODE_KEYS + j],
+                  depth == 64 ? dots<64>(query, key, x.k.row, depth) : dots<0>(query, key, x.k.row, depth));
           }
         }
         for (; j < count; j++) {
@@ -547,13 +570,18 @@ template <class U, class F> void decode(const Problem& x, Rows out, float* divis
         for (; d + 4 * LANES <= x.Dv; d += 4 * LANES) {
           const U* values = x.v.at<U>(b, head, j0) + d;
           for (int r = 0; r < rows; r++) {
-            vec sum[4];
+            // even and odd keys apart: a sum that waits for itself alone takes twice the time
+            vec sum[4], odd[4] = {};
             UNROLL for (int n = 0; n < 4; n++) sum[n] = load(&o[r * width + d + n * LANES]);
-            for (int j = 0; j < count; j++) {
-              float w = weights[r * DECODE_KEYS + j];
-              UNROLL for (int n = 0; n < 4; n++) sum[n] += load_wide(values + j * x.v.row + n * LANES) * w;
+            const float* w = &weights[r * DECODE_KEYS];
+            int j = 0;
+            for (; j + 2 <= count; j += 2) {
+              const U* value = values + j * x.v.row;
+              UNROLL for (int n = 0; n < 4; n++) sum[n] += load_wide(value + n * LANES) * w[j];
+              UNROLL for (int n = 0; n < 4; n++) odd[n] += load_wide(value + x.v.row + n * LANES) * w[j + 1];
             }
-            UNROLL for (int n = 0; n < 4; n++) store(&o[r * width + d + n * LANES], sum[n]);
+            if (j < count) UNROLL for (int n = 0; n < 4; n++) sum[n] += load_wide(values + j * x.v.row + n * LANES) * w[j];
+            UNROLL for (int n = 0; n < 4; n++) store(&o[r * width + d + n * LANES], sum[n] + odd[n]);
           }
         }
         for (; d < x.Dv; d += LANES) {

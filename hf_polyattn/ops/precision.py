@@ -11,7 +11,8 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
+    # entering costs as much as a small product: only where there is something to switch off
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
