@@ -25,12 +25,16 @@ TINY = 1e-30  # below what any dtype here distinguishes from 0, beside float16 a
 
 @dataclass(frozen=True)
 class Rounding:
-    """sums: unit roundoff of sums; kept: of intermediate results that are stored; result: of what is returned."""
+    """sums: unit roundoff of sums; kept: of intermediate results that are stored; result: of what is returned.
+
+    floor: what counts as zero. largest: finite number of the dtype of results.
+    """
 
     sums: float
     kept: float
     result: float
     floor: float
+    largest: float
     has_scores: bool
 
     @classmethod
@@ -38,7 +42,8 @@ class Rounding:
         sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
         result = torch.finfo(dtype).eps / 2
         kept = result if form in ("cpu", "fused") else sums
-        return cls(sums, kept, result, torch.finfo(dtype).smallest_normal * result + TINY, form != "recurrent")
+        floor = torch.finfo(dtype).smallest_normal * result + TINY
+        return cls(sums, kept, result, floor, torch.finfo(dtype).max, form != "recurrent")
 
     def gamma(self, terms: float) -> float:
         return min(terms, 6 * math.sqrt(terms)) * self.sums
@@ -209,7 +214,9 @@ def through_norm(x: Tensor, inverse: Tensor | None, most: Tensor, error: Tensor,
     if inverse is None:
         return rounding.returned(error, most)
     y = (x * inverse).abs()
-    error = rounding.returned(error, most)
+    # the gradient of y is stored in the dtype too, and may leave its range where that of x does not
+    lost = (most + error > rounding.largest).any(-1, keepdim=True)
+    error = rounding.returned(error, most).masked_fill(lost, math.inf)
     own = 2 * rounding.gamma(x.shape[-1] + 10)
     mean = lambda z: y * (y * z).mean(-1, keepdim=True)  # noqa: E731
     return rounding.returned(

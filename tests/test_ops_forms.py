@@ -41,6 +41,20 @@ def test_output_and_gradients(normalization, phi, mask, shape):
         assert error(got, exact[name], least) < 3 * same_dtype + 2e-5, name
 
 
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf, 1e30])
+def test_masked_keys_may_hold_anything(fill):
+    """Their gradients are zero and those of the other keys as ever, under a soft cap too."""
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    keep = (torch.arange(40) < 33) & (torch.arange(40) != 7)
+    results = []
+    for held in (0.0, fill):
+        leaves = [q.requires_grad_(), k.masked_fill(~keep[:, None], held).requires_grad_(), v.requires_grad_()]
+        out = polynomial_attention(*leaves, degree=3, keep=keep, softcap=2.0, backend="tiled")
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves[1:])])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("phi", ["s^1", "s^3", "a^3", "c^3"])
 def test_real_tile_sizes(phi):
     """Long enough for several tiles of the size that is really used."""

@@ -150,7 +150,7 @@ def cpu_attention(
         coefficients = coefficients.float().contiguous()
         degree = coefficients.shape[1] - 1
     is_named = isinstance(normalization, str) and normalization != "none"
-    out, _ = torch.ops.hf_polyattn.cpu_forward(
+    out, _ = torch.ops.hf_polyattn.cpu_forward.default(
         query,
         key,
         value,

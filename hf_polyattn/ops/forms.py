@@ -14,9 +14,9 @@ from .monomials import Monomials
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """What the choice depends on."""
+    """What the choice depends on. Not frozen, which would make it slower to make, in every decoding step."""
 
     device: str
     dtypes: frozenset[torch.dtype]
@@ -122,12 +122,14 @@ def state_size(call: Call) -> Size:
 
 def _recurrent_pays(call: Call) -> bool:
     masking = call.masking
+    measured = call.device == "cpu" and call.dtypes == {torch.float32} and call.is_polynomial
+    if not measured or min(masking.shape) == 1 or torch.compiler.is_compiling():
+        return False
     # a mask of rows is most likely that of a padded causal batch; it is read only past the longer of the lengths
     is_causal = masking.is_causal or masking.keep is not None
     dims = (call.head_dim, call.value_dim)
     shortest = max(crossover(call.degree, dim, is_causal, call.wants_gradient) for dim in dims)
-    measured = call.device == "cpu" and call.dtypes == {torch.float32} and call.is_polynomial
-    return measured and min(masking.shape) >= shortest and not torch.compiler.is_compiling()
+    return min(masking.shape) >= shortest
 
 
 FORMS: dict[str, Form] = {

@@ -86,6 +86,9 @@ class Sweep:
             out.add_(cut(self.bias, *tile))
         if keep is not None:
             keep_only(out, keep)
+            if steepness is not None:
+                # what a masked key holds may be no number
+                keep_only(steepness, keep)
         return steepness
 
     def phi(self, scores: torch.Tensor, spare: torch.Tensor, heads: slice, keep: torch.Tensor | None) -> torch.Tensor:
