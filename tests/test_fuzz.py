@@ -83,7 +83,8 @@ def test_faults_are_found(fuzz, fault, monkeypatch):
 
 def test_a_failure_is_printed_with_the_command_that_repeats_it(fuzz, monkeypatch, capsys):
     monkeypatch.setattr(ops, "tiled_attention", FAULTS["the newest key"](ops.tiled_attention))
-    monkeypatch.setattr(fuzz, "draw", lambda form, rng: simple(fuzz))
+    case = simple(fuzz)
+    monkeypatch.setattr(fuzz, "draw", lambda form, rng: case)
     found = fuzz.run(["tiled"], seed=3, first=7, count=1, progress=False)
     assert found["tiled", "float32"]["failed"] == 1
     assert "python benchmarks/fuzz.py --cases 1 --seed 3 --first 7 --forms tiled" in capsys.readouterr().out
