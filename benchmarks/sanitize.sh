@@ -5,7 +5,8 @@
 #     HF_POLYATTN_CPU=avx2 benchmarks/sanitize.sh --cases 300 --out benchmarks/results/fuzz_sanitized.csv
 #
 # The first read or write outside of a tensor or buffer, or undefined operation, stops it with a report. Needs g++ with
-# its sanitizer libraries; PYTHON names the interpreter. Builds once, into a cache of its own: two minutes.
+# its sanitizer libraries; PYTHON names the interpreter. Builds once, into a cache of its own: two
+# or three minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON="${PYTHON:-python}" PYTHONPATH="$PWD:$PWD/benchmarks"
@@ -16,14 +17,15 @@ WITH_FLAGS="import os, sys; from hf_polyattn.ops import cpu; cpu.FLAGS += '$SANI
 # the compiler runs outside of the sanitizers, and the build lies where the package looks for it
 "$PYTHON" -c "$WITH_FLAGS
 import subprocess, torch
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 name = os.environ.get('HF_POLYATTN_CPU') or cpu.instruction_set()
 library = cpu._library(name)
 if not library.exists():
     library.parent.mkdir(parents=True, exist_ok=True)
     flags = [*cpu.FLAGS, *cpu.INSTRUCTION_SETS[name], *('-I' + path for path in include_paths())]
     flags += [f'-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}', '-fPIC', '-shared']
-    subprocess.run(['g++', *flags, str(cpu.SOURCE), '-o', f'{library}.part'], check=True)
+    links = [*('-L' + path for path in library_paths()), '-lc10', '-ltorch_cpu']
+    subprocess.run(['g++', *flags, str(cpu.SOURCE), '-o', f'{library}.part', *links], check=True)
     os.replace(f'{library}.part', library)
 "
 # Python is not instrumented: the libraries must be there first, and what it never frees is no finding

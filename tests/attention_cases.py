@@ -82,7 +82,7 @@ def inputs(phi: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     if phi[0] in "ac":
         out |= {"alpha": 0.5 + torch.rand(heads), "beta": 0.1 * torch.randn(heads)}
     if phi[0] == "c":
-        # positive, odd powers below the even ones beside them: nowhere negative where the degree is even, as "sum" wants
+        # positive, and odd powers below the even ones beside them: nowhere negative, as "sum" wants of even degrees
         out["coefficients"] = 0.5 + torch.rand(heads, int(phi[2:]) + 1)
         out["coefficients"][:, 1::2] *= 0.4 if int(phi[2:]) % 2 == 0 else 1
     return out
