@@ -496,10 +496,10 @@ constexpr int DECODE_ROWS = 8;   // as many queries at most; more are worth pack
 constexpr int AHEAD = 64;        // keys for which memory is asked before they are read
 constexpr int DECODE_KEYS = 64;  // whose keys and values stay in the first cache
 
-// Asks the second cache for rows of keys or values, unless they adjoin: where rows of other heads lie between those of
-// one, often a page apart, the processor does not look ahead by itself.
+// Asks the second cache for rows of keys or values. Rows of other heads lie between those of one in some layouts, often
+// a page apart, where the processor does not look ahead by itself; where rows adjoin, it does so too late for a cache
+// that lies in memory.
 template <class U> INLINE void fetch(const U* row, int64_t stride, int width) {
-  if (stride == width) return;
   UNROLL for (int n = 0; n < LANES; n++)
     for (int d = 0; d < width; d += 64 / sizeof(U)) __builtin_prefetch(row + n * stride + d, 0, 2);
 }
