@@ -318,6 +318,9 @@ class RunArguments:
     """Steps between checkpoints. 0: only at the end."""
     logging_steps: int = 1
     """Steps between lines of metrics.jsonl."""
+    diagnostics_steps: int = 0
+    """Steps between measurements of the attention, such as 100: norms, Jacobians, scores and gradients of every head,
+    in diagnostics.jsonl, diagnostics.png and the tracker. 0: none."""
     report_to: str = "none"
     """Tracker beside metrics.jsonl: none, tensorboard, wandb, or another one that accelerate knows."""
     push_to_hub: bool = False
@@ -331,7 +334,7 @@ class RunArguments:
     """Licence for the model card, such as apache-2.0. Empty: that of the checkpoint it started from."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "eval_steps", "save_steps", at_least=0)
+        check_numbers(self, "eval_steps", "save_steps", "diagnostics_steps", at_least=0)
         check_numbers(self, "eval_batch_size", "logging_steps", at_least=1)
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, gather_object
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +30,9 @@ from hf_polyattn_arguments import Group, OptimizationArguments, RunArguments, as
 from ..figures import draw_losses
 from ..hub import CARD, push
 from ..model_card import model_card, portable
-from .checkpoint import PARTIAL, find_last, load_state, prune, read_position, register_hooks, save_checkpoint
+from .checkpoint import find_last, load_state, prune, read_position, register_hooks, save_checkpoint
 from .devices import device_name, peak_mib
+from .diagnosing import FIGURE, LINES, SHARDING, RunDiagnostics, keep_lines
 from .lora import ADAPTER, BASE, load_trained
 from .losses import Loss
 from .models import print_once
@@ -44,10 +45,9 @@ PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "p
 MAY_CHANGE = {
     *("output_dir", "resume", "overwrite", "report_to", "push_to_hub", "hub_model_id", "hub_private", "hub_license"),
     *("eval_steps", "eval_batch_size", "save_steps", "logging_steps", "num_workers"),
+    "diagnostics_steps",
 }
 """Arguments that may differ when a run is resumed: they do not enter the losses."""
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Under these no process holds all weights."""
 MAX_SKIPPED_STEPS = 25
 """Steps in a row that fp16's gradient scaler may skip before the run is stopped."""
 
@@ -113,8 +113,9 @@ class Run:
         self.best: float | None = None
         self.seconds = 0.0
         self.tokens = 0
-        self._skipped = self._step = 0
+        self._skipped = self._step = self._total_steps = 0
         self._latest: dict[str, Any] = {}
+        self._diagnostics = RunDiagnostics(accelerator, args.diagnostics_steps, self.out)
         self._open_folder()
         if args.report_to != "none":
             values = yaml.safe_load(self.config_yaml)
@@ -138,7 +139,8 @@ class Run:
             out.mkdir(parents=True, exist_ok=True)
             if self.checkpoint is not None:
                 prune(out)
-            self._cut_metrics()
+            for name in ("metrics.jsonl", LINES):
+                self._cut_lines(self.out / name)
         self.accelerator.wait_for_everyone()
 
     def _read_checkpoint(self, folder: Path) -> None:
@@ -153,21 +155,11 @@ class Run:
         self.seconds, self.tokens, self._latest = position["seconds"], position["tokens"], position["latest"]
         print_once(f"resuming from step {self.first_step} in {folder}")
 
-    def _cut_metrics(self) -> None:
+    def _cut_lines(self, path: Path) -> None:
         """Drops the lines of steps that will be done again; all of them where nothing is resumed."""
-        path = self.out / "metrics.jsonl"
         if self.checkpoint is None:
             path.unlink(missing_ok=True)
-        if not path.exists():
-            return
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            # the last line of a killed process may be cut
-            if line.endswith("}") and json.loads(line)["step"] <= self.first_step:
-                lines.append(line + "\n")
-        aside = path.with_name(path.name + PARTIAL)
-        aside.write_text("".join(lines), encoding="utf-8")
-        aside.replace(path)
+        keep_lines(path, self.first_step)
 
     def load_state(self) -> None:
         """Optimizer and random states of the checkpoint, if there is one; call it after `accelerator.prepare`."""
@@ -185,6 +177,7 @@ class Run:
                 f"another run, with {source}another --output_dir"
             )
             return
+        self._total_steps = total_steps
         parts = self.accelerator.gradient_accumulation_steps
         batches = iter(loader)
         terminal = sys.stderr.isatty()
@@ -225,10 +218,14 @@ class Run:
         Under DeepSpeed they are not: its engine has stepped at the end of backward, and only `last` is left of before.
         Raises NonFiniteError when the loss or the gradient's norm, equal on all processes, is not a number. Under fp16
         a gradient may overflow now and then: the scaler skips that step; MAX_SKIPPED_STEPS in a row are an error.
+
+        Measures the attention as well, in the steps that diagnostics_steps names.
         """
         finite = torch.isfinite(torch.stack([loss.detach().float(), norm.detach().float()])).tolist()
         self._skipped = self._skipped + 1 if not finite[1] else 0
         if all(finite) or (finite[0] and self.accelerator.scaler is not None and self._skipped < MAX_SKIPPED_STEPS):
+            if self._diagnostics.is_due(step, self._total_steps):
+                self.accelerator.log(self._diagnostics.measure(step, model, batches[0], loss_of), step=step)
             return
         what = "gradient norm" if finite[0] else "loss"
         value = norm if finite[0] else loss
@@ -325,6 +322,8 @@ class Run:
         }
         if self.accelerator.is_main_process:
             (self.out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+            if figure := self._diagnostics.draw():
+                print_once(f"attention over the steps: {figure}")
             if self.args.push_to_hub:
                 self._push(auto_class, tokenizer, results)
         self.accelerator.wait_for_everyone()
@@ -366,7 +365,7 @@ def _remove_run(out: Path) -> None:
         link.unlink(missing_ok=True)
     for folder in [*out.glob("checkpoint-*"), out / BASE, out / PUBLISHED]:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("metrics.jsonl", "results.json"):
+    for name in ("metrics.jsonl", "results.json", LINES, FIGURE):
         (out / name).unlink(missing_ok=True)
 
 

@@ -1,13 +1,13 @@
-"""What the attention of a model looks like on real inputs, patched or not."""
+"""‖A‖_F / sqrt(N) of every head, from the attention weights that a model returns."""
 
 from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
 
-from .attention import NAME
-from .evaluating import evaluating
-from .observing import real_tokens
+from ..attention import NAME
+from ..evaluating import evaluating
+from ..observing import real_tokens
 
 
 @torch.no_grad()

@@ -1,0 +1,52 @@
+"""Statistics over training steps as a figure; matplotlib is imported when one is drawn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .report import AttentionReport
+
+PANELS = {
+    "frobenius": "‖A‖_F / √N",
+    "jacobian": "‖∂a/∂s‖_F / √N",
+    "effective_keys": "effective keys",
+    "score_spread": "score spread (RMS)",
+    "dead_share": "dead share of scores",
+    "output_rms": "output RMS",
+}
+LOGARITHMIC = ("frobenius", "jacobian", "score_spread", "output_rms")
+
+
+def draw_statistics(reports: Mapping[int, AttentionReport], path: Path | str) -> Path:
+    """One panel a statistic, one line a layer (mean over its heads), over the optimizer steps; writes a PNG.
+
+    reports: by step, as `read_reports` gives them.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    if not reports:
+        raise ValueError("there is nothing to draw: no step was measured")
+    steps = sorted(reports)
+    layers = list(reports[steps[0]].modules)
+    # dark to light with depth, but for the pale end of the map
+    colors = [colormaps["viridis"](0.9 * i / max(1, len(layers) - 1)) for i in range(len(layers))]
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+        for color, layer in zip(colors, layers, strict=True):
+            values = [reports[step].modules[layer][name].mean().item() for step in steps]
+            axes.plot(steps, values, "o-" if len(steps) == 1 else "-", color=color, lw=1.4)
+        positive = all((reports[step].modules[layer][name] > 0).all() for step in steps for layer in layers)
+        if name in LOGARITHMIC and positive:
+            axes.set_yscale("log")
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in figure.axes[3:]:
+        axes.set_xlabel("optimizer step")
+    shown = sorted({0, len(layers) // 2, len(layers) - 1}) if len(layers) > 6 else range(len(layers))
+    handles = [figure.axes[0].lines[i] for i in shown]
+    figure.legend(handles, [f"layer {i}" for i in shown], loc="outside right center", frameon=False)
+    path = Path(path)
+    # no software version or date inside: equal runs give equal files
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
