@@ -83,7 +83,7 @@ def test_row_map_is_the_definition_and_its_jacobian_that_of_autograd(name, norma
 
 @pytest.mark.parametrize(("name", "normalization"), [("softmax", "sum"), ("poly", "l1"), ("poly", "l2")])
 def test_jacobian_of_long_rows_agrees_with_random_projections(name, normalization):
-    """E ‖J'v‖^2 = ‖J‖_F^2 for signs v (Hutchinson): an estimate that needs no formula, at a length without matrices."""
+    """E ‖J'v‖^2 = ‖J‖_F^2 for signs v (Hutchinson): an estimate that needs no formula, at any length."""
     mapping = row_map(name, normalization)
     scores = 2 * torch.randn(1, HEADS, 1, 4096, dtype=torch.float64)
     exact = mapping(scores).jacobian_squares[0, :, 0]
@@ -265,13 +265,9 @@ def test_dead_scores_and_the_distance_to_overflow():
 MODELS = [(family, patch) for family in (*AUTO_CLASSES, "mistral") for patch in (False, True)]
 
 
-def build(family, patch, **options):
+def build(family, patch, **settings):
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
-    if not patch:
-        return tiny(family, auto, **options)
-    return patched_tiny(
-        family, auto, poly={"layers": [0], "heads": {0: [1, 2]}} if patch == "part" else None, **options
-    )
+    return patched_tiny(family, auto, poly=settings) if patch else tiny(family, auto)
 
 
 @pytest.mark.parametrize(("family", "patch"), [*MODELS, ("gpt2", "part"), ("llama", "part")])
@@ -300,6 +296,17 @@ def test_models_are_measured_as_they_are(family, patch):
     else:
         assert not torch.allclose(report["row_sum"], torch.ones(()), atol=1e-2)
     assert len(report.modules) == (4 if family.endswith("cross") else 2)
+
+
+@pytest.mark.parametrize("settings", [{"qk_norm": True}, {"qk_norm": True, "normalization": "l1", "degree": 2}])
+def test_scores_are_those_behind_qk_norm(settings):
+    model = build("gpt2", True, **settings)
+    batch = batch_for(model)
+    report = attention_statistics(model, [batch])
+    torch.testing.assert_close(report["frobenius"], weight_norms(model, batch), rtol=1e-5, atol=1e-6)
+    # |s| <= sqrt(head_dim), which scores without the norm leave behind
+    assert (report["score_max"] <= math.sqrt(8)).all()
+    assert (attention_statistics(build("gpt2", False), [batch])["score_max"] > math.sqrt(8)).all()
 
 
 def test_a_probe_changes_neither_outputs_nor_gradients():

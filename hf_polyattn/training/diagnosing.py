@@ -106,32 +106,33 @@ class DiagnosticsCallback(TrainerCallback):
                 "under FSDP and DeepSpeed no process holds all weights: measure a saved checkpoint instead"
             )
         self.trainer, self.batch, self.steps = trainer, first_sequences(batch), steps
+        # where Trainer itself writes when it is given no folder
+        self.folder = Path(trainer.args.output_dir or "trainer_output")
         self._last = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        path = Path(args.output_dir) / LINES
+        path = self.folder / LINES
         if state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             keep_lines(path, state.global_step - 1)
-        self._measure(args, state)
+        self._measure(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # the last step too, here and not when training has ended: by then the best weights may have been loaded
         if state.global_step % self.steps == 0 or state.global_step >= state.max_steps or control.should_training_stop:
-            self._measure(args, state)
+            self._measure(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            draw_statistics(read_reports(folder / LINES), folder / FIGURE)
+            draw_statistics(read_reports(self.folder / LINES), self.folder / FIGURE)
 
-    def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _measure(self, state: TrainerState) -> None:
         if state.global_step == self._last or not state.is_world_process_zero:
             return
         self._last = state.global_step
@@ -140,7 +141,7 @@ class DiagnosticsCallback(TrainerCallback):
         with self.trainer.accelerator.autocast():
             report = attention_statistics(model, [self.batch])
         seconds = round(time.perf_counter() - start, 4)
-        append_report(Path(args.output_dir) / LINES, state.global_step, report, seconds=seconds)
+        append_report(self.folder / LINES, state.global_step, report, seconds=seconds)
         self.trainer.log(report.scalars())
 
 
