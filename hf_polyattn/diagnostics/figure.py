@@ -23,6 +23,7 @@ def draw_statistics(reports: Mapping[int, AttentionReport], path: Path | str) ->
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if not reports:
         raise ValueError("there is nothing to draw: no step was measured")
@@ -35,9 +36,11 @@ def draw_statistics(reports: Mapping[int, AttentionReport], path: Path | str) ->
         for color, layer in zip(colors, layers, strict=True):
             values = [reports[step].modules[layer][name].mean().item() for step in steps]
             axes.plot(steps, values, "o-" if len(steps) == 1 else "-", color=color, lw=1.4)
-        positive = all((reports[step].modules[layer][name] > 0).all() for step in steps for layer in layers)
-        if name in LOGARITHMIC and positive:
+        drawn = [y for line in axes.lines for y in line.get_ydata()]
+        # within a decade a logarithmic axis has one labelled tick
+        if name in LOGARITHMIC and 0 < 10 * min(drawn) < max(drawn):
             axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
