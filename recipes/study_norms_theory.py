@@ -7,8 +7,8 @@ The paper: softmax has ‖A‖_F <= sqrt N and ‖dA‖_F <= 2 sqrt N for every 
 its Jacobian have norms O(N) in expectation, and O(sqrt N) scaled by 1/sqrt N. Here: mean norms over draws at several
 N, for degrees 1 to 6, causal and full, for Gaussian queries and keys and for those of a trained character GPT-2.
 Exponents are slopes of log(mean norm) over log N, intervals are 95 % by bootstrap over the draws. Scores of softmax
-are also pushed uphill, to see how near its norms come to the bounds. Writes OUT.csv, OUT_exponents.csv, OUT_bounds.csv,
-OUT.md and OUT.png; two minutes on one CPU core. --quick: short sequences, a few draws, in seconds.
+are also pushed uphill, to see how near its norms come to the bounds. Writes OUT.csv, OUT_exponents.csv,
+OUT_bounds.csv, OUT.md and OUT.png; two minutes on one CPU core. --quick: short sequences, few draws, in seconds.
 """
 
 import argparse

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from models import patched_tiny, tiny, token_ids
-from recipe_runs import RECIPES, metrics, run_recipe, write_text
+from recipe_runs import RECIPES, in_fork, in_processes, metrics, run_recipe, write_text
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_polyattn.diagnostics import STATISTICS, attention_statistics, draw_statistics, read_reports
@@ -70,6 +71,56 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(tmp_path, monkeyp
     for step, report in one.items():
         for name in EVERYTHING:
             torch.testing.assert_close(other[step][name], report[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mixed_precision", "bf16"],
+        ["--gradient_checkpointing", "true"],
+        ["--gradient_accumulation_steps", 2],
+    ],
+    ids=lambda words: words[0].strip("-"),
+)
+def test_what_is_measured_does_not_depend_on_how_a_step_is_computed(words, tmp_path):
+    text = write_text(tmp_path)
+    one, other = tmp_path / "plain", tmp_path / "changed"
+    for out, more in ((one, []), (other, words)):
+
+        def train():
+            # precision is fixed for a process
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            short("pretrain_causal_lm", out, text, "--diagnostics_steps", 3, "--max_steps", 1, *more)  # noqa: B023
+
+        assert in_fork(train) == 0
+    (plain,), (changed,) = (read_reports(out / diagnosing.LINES).values() for out in (one, other))
+    # accumulation halves the micro batch, which still has enough sequences of the same distribution
+    tolerance = 0.3 if "accumulation" in words[0] else 0.05
+    torch.testing.assert_close(changed["frobenius"], plain["frobenius"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(changed["score_spread"], plain["score_spread"], rtol=tolerance, atol=0)
+
+
+def test_adapters_are_measured(tmp_path):
+    """Frozen layers have no gradient of their own, and the adapters wrap the model once more."""
+    text = write_text(tmp_path)
+    short("pretrain_causal_lm", tmp_path / "base", text)
+    words = ["--model", tmp_path / "base" / "last", "--lora_r", 2, "--diagnostics_steps", 3]
+    short("finetune_causal_lm", tmp_path / "lora", text, *words)
+    reports = read_reports(tmp_path / "lora" / diagnosing.LINES)
+    assert sorted(reports) == [1, 3, 6]
+    assert (reports[1]["query_gradient"] > 0).all()
+
+
+def test_two_processes_write_one_line_a_measurement(tmp_path):
+    text = write_text(tmp_path)
+    out = tmp_path / "two"
+    in_processes(2, lambda: short("pretrain_causal_lm", out, text, "--diagnostics_steps", 3))
+    assert sorted(read_reports(out / diagnosing.LINES)) == [1, 3, 6]
+    assert len((out / diagnosing.LINES).read_text().splitlines()) == 3
+    without = tmp_path / "without"
+    in_processes(2, lambda: short("pretrain_causal_lm", without, text))
+    assert metrics(out) == metrics(without)
 
 
 def test_lines_of_a_run_go_to_its_tracker(tmp_path):
