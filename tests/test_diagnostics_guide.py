@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from models import patched_tiny, tiny, token_ids
 from transformers import Trainer, TrainingArguments
 
@@ -14,6 +15,14 @@ from hf_polyattn.training.diagnosing import SEQUENCES, DiagnosticsCallback
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "diagnostics.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- test: run -->\n```python\n(.*?)```", GUIDE, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """What a Trainer leaves of its data loader in accelerate's shared state would cut the batches of later tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("build", [tiny, patched_tiny])

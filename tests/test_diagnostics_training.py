@@ -18,6 +18,14 @@ from hf_polyattn.training.diagnosing import DiagnosticsCallback, RunDiagnostics,
 EVERYTHING = [*STATISTICS, *GRADIENTS]
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """What a Trainer leaves of its data loader in accelerate's shared state would cut the batches of later tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def short(name, out, text, *extra):
     words = ["--max_steps", 6, "--eval_steps", 0, "--overwrite", *extra]
     return run_recipe(name, out, "--dataset", text, *words)
