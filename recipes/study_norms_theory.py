@@ -257,7 +257,8 @@ def table(exponents: list[dict[str, Any]]) -> str:
 
 
 def slope_of(values: dict[int, float]) -> float:
-    return float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0])
+    # rounded, so that a flat curve has the slope 0
+    return round(float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0]), 9)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
