@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from models import AUTO_CLASSES, batch_for, padded_batches, patched_tiny, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 import hf_polyattn
 from hf_polyattn.activations import get_activation, horner
@@ -296,6 +305,40 @@ def test_models_are_measured_as_they_are(family, patch):
     else:
         assert not torch.allclose(report["row_sum"], torch.ones(()), atol=1e-2)
     assert len(report.modules) == (4 if family.endswith("cross") else 2)
+
+
+def unregistered(name):
+    """A stock model that nobody has registered for patching, and inputs: windows and softcap, or no mask at all."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    if name == "vit":
+        config = ViTConfig(**sizes, image_size=32, patch_size=8, initializer_range=0.3)
+        return ViTModel(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    config = Gemma2Config(
+        **sizes, head_dim=8, num_key_value_heads=2, vocab_size=64, sliding_window=4, initializer_range=0.5
+    )
+    return Gemma2ForCausalLM(config), {"input_ids": torch.randint(2, 60, (2, 9))}
+
+
+@pytest.mark.parametrize("name", ["vit", "gemma2"])
+def test_stock_models_that_cannot_be_patched_are_measured_too(name):
+    model, batch = unregistered(name)
+    model.eval()
+    before = model.config._attn_implementation
+    report = attention_statistics(model, [batch])
+    torch.testing.assert_close(report["frobenius"], weight_norms(model, batch), rtol=1e-4, atol=1e-5)
+    # heads that differ, so that a wrong mask would show
+    assert (report["frobenius"].std(1) > 1e-3).all()
+    assert report["row_sum"].numpy() == pytest.approx(1, abs=1e-4)
+    assert model.config._attn_implementation == before
+
+
+def test_half_precision_is_measured_in_single():
+    model = patched_tiny("gpt2", double=False)
+    batch = batch_for(model)
+    single = attention_statistics(model, [batch])
+    half = attention_statistics(model.bfloat16(), [batch])
+    for name in ("frobenius", "jacobian", "score_spread", "output_rms"):
+        torch.testing.assert_close(half[name], single[name], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("settings", [{"qk_norm": True}, {"qk_norm": True, "normalization": "l1", "degree": 2}])
