@@ -148,12 +148,16 @@ def table(rows: list[dict[str, str]], runs: list[dict[str, str]]) -> str:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Both norms over the steps, one column a layer, one line a variant, with softmax's bounds."""
+    """Norms, with softmax's bounds, and dead scores over the steps: one column a layer, one line a variant."""
     from matplotlib.figure import Figure
 
     layers = sorted({int(row["layer"]) for row in rows})
-    panels = {"frobenius": ("‖A‖_F / √N", 1.0), "jacobian": ("‖∂a/∂s‖_F / √N", 2.0)}
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = {
+        "frobenius": ("‖A‖_F / √N", 1.0),
+        "jacobian": ("‖∂a/∂s‖_F / √N", 2.0),
+        "dead_share": ("dead share", None),
+    }
+    figure = Figure(figsize=(11, 8), layout="constrained")
     grid = figure.subplots(len(panels), len(layers), sharex=True, sharey="row", squeeze=False)
     for line_of_axes, (key, (label, bound)) in zip(grid, panels.items(), strict=True):
         for axes, layer in zip(line_of_axes, layers, strict=True):
@@ -162,8 +166,9 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
                 points = sorted((int(row["step"]), float(row[key])) for row in own)
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=color, lw=1.6, label=title)
-            axes.axhline(bound, color="gray", lw=1, ls=":", label="softmax's bound")
-            axes.set_yscale("log")
+            if bound is not None:
+                axes.axhline(bound, color="gray", lw=1, ls=":", label="softmax's bound")
+                axes.set_yscale("log")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         line_of_axes[0].set_ylabel(label)
