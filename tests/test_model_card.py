@@ -1,6 +1,7 @@
 """Model cards say what the model and its run say, in metadata that the Hub reads."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -224,3 +225,26 @@ def test_the_metrics_of_a_conversion_have_names(cubic, metric):
     }
     card = model_card(cubic, results)
     assert card.data.eval_results[0].metric_value == 0.9
+
+
+CARDS = sorted((Path(__file__).resolve().parents[1] / "model_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_cards_that_are_kept_are_whole_and_say_what_was_recorded(path):
+    card = ModelCard.load(path)
+    results = read_results(path.parent / "results.json")
+    text = card.text
+    assert card.data.license
+    assert card.data.library_name == "transformers"
+    assert {"polyattn", "polynomial-attention"} <= set(card.data.tags)
+    measured = {entry.metric_name: entry.metric_value for entry in card.data.eval_results}
+    name = cards.METRICS[results["best_metric"]][1]
+    assert measured[name] == pytest.approx(results["best"], abs=1e-4)
+    for row in results.get("stages", {}).get("rows", []):
+        assert f"| {row['stage']} | {row['score']:.4f} |" in text
+    for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (path.parent / figure).stat().st_size > 10_000
+    # a path of the machine that it was made on is nobody's business
+    assert not re.search(r"(?<![\w.:/])/(?!\w+\.)[a-z]+/", text.partition("## How it was trained")[2])
+    assert f"| [{path.parent.name}]({path.parent.name}/README.md) |" in (path.parents[1] / "README.md").read_text()
