@@ -79,6 +79,9 @@ def patch(parser: argparse.ArgumentParser) -> None:
 
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
+    parser.add_argument("--text", metavar="FILE", help="text on which norms, ranges and dead scores are measured")
+    parser.add_argument("--figure", metavar="PNG", help="the same as a figure, by layer and head; needs --text")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the checkpoint's own)")
     _json(parser)
 
 

@@ -150,7 +150,7 @@ def test_patch_calibrates_on_a_text(stock, tmp_path, capsys):
     text.write_text("short")
     code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "c", "--calibrate", text)
     assert code == 1
-    assert "calibration needs at least 64" in error
+    assert "and at least 64 are needed" in error
 
 
 def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):

@@ -2,11 +2,15 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from ..diagnostics import AttentionReport, attention_statistics, draw_heads
 from ..models import PolyModelMixin, read_settings, states
 from ..patching import coverage
 from ..tables import format_states
-from .loading import holds_adapters, load_adapted, load_checkpoint
+from .loading import batches_of, holds_adapters, load_adapted, load_checkpoint, load_tokenizer
 
 
 def run(args: Namespace) -> str:
@@ -16,6 +20,12 @@ def run(args: Namespace) -> str:
     settings = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
     tensors = {name: dict(state.state_dict()) for name, state in states(model).items()}
     count = sum(p.numel() for p in model.parameters())
+    if args.figure and not args.text:
+        raise ValueError("--figure shows what a text makes of the heads: give --text FILE too")
+    report = _measured(model, args) if args.text else None
+    if args.figure:
+        gains = {name: dict(zip(s.heads, s.gain.tolist(), strict=True)) for name, s in states(model).items()}
+        draw_heads(report, args.figure, gains)  # type: ignore[arg-type]
     if args.json:
         return json.dumps(
             {
@@ -27,6 +37,7 @@ def run(args: Namespace) -> str:
                 "softmax": list(covered.softmax),
                 "config": settings.to_dict() if settings else None,
                 "state": {name: {key: x.tolist() for key, x in state.items()} for name, state in tensors.items()},
+                "statistics": report.to_json() if report is not None else None,
             },
             indent=2,
         )
@@ -37,4 +48,19 @@ def run(args: Namespace) -> str:
         shown = {name: value for name, value in settings.to_dict().items() if value is not None}
         lines += ["", *(f"  {name}: {value}" for name, value in shown.items())]
         lines += ["", "mean over heads (min to max)", format_states(tensors)]
+    if report is not None:
+        lines += ["", f"on {args.text}: {report}"]
+    if args.figure:
+        lines += ["", f"figure: {args.figure}"]
     return "\n".join(lines)
+
+
+def _measured(model: PreTrainedModel, args: Namespace) -> AttentionReport:
+    """Statistics of every head on the start of a text."""
+    file = Path(args.text)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such text: {file}")
+    tokenizer = load_tokenizer(args.tokenizer or args.path)
+    if tokenizer is None:
+        raise ValueError(f"{args.path} has no tokenizer, and --text needs one: name it with --tokenizer")
+    return attention_statistics(model.eval(), [{"input_ids": ids} for ids in batches_of(tokenizer, file, model)])

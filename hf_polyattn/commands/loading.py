@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
@@ -16,6 +17,8 @@ from .. import models
 from ..architectures import STOCK_PREFIX
 
 ADAPTER_CONFIG = "adapter_config.json"
+BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
+"""What is read of a text to calibrate on or to measure on: batches, sequences of each, tokens of each at most."""
 
 
 def load_checkpoint(path: str) -> PreTrainedModel:
@@ -86,3 +89,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
         return None
     # for a folder without tokenizer files Transformers makes one up that knows special tokens only
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def batches_of(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:
+    """Up to BATCHES tensors of input ids [SEQUENCES, T] from the start of a text file.
+
+    Raises:
+        ValueError: for a text that does not fill one batch.
+    """
+    length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    size = SEQUENCES * length
+    if len(ids) < size:
+        raise ValueError(f"{file} holds {len(ids)} tokens, and at least {size} are needed")
+    return [
+        torch.tensor(ids[at : at + size]).view(SEQUENCES, length)
+        for at in range(0, min(len(ids), BATCHES * size) - size + 1, size)
+    ]

@@ -5,17 +5,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from ..activations import resolve_config
 from ..models import read_settings
 from ..patch_report import Source, advice, describe
 from ..patching import coverage, patch_model
-from .loading import load_checkpoint, load_tokenizer
-
-BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
-"""Calibration from a file: batches, sequences of each, and tokens of each at most."""
+from .loading import batches_of, load_checkpoint, load_tokenizer
 
 
 def run(args: Namespace) -> str:
@@ -32,7 +26,7 @@ def run(args: Namespace) -> str:
     if args.calibrate:
         if tokenizer is None:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
-        options["calibrate"] = calibration_batches(tokenizer, Path(args.calibrate), model)
+        options["calibrate"] = batches_of(tokenizer, Path(args.calibrate), model)
         options["fit"] = args.fit or "gain"
     source = Source.of(model)
     patch_model(model, args.activation, **options)
@@ -82,20 +76,3 @@ def _options(args: Namespace) -> dict[str, Any]:
         except ValueError:
             options["normalization"] = args.normalization
     return {name: value for name, value in options.items() if value is not None}
-
-
-def calibration_batches(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:
-    """Up to BATCHES tensors of input ids [SEQUENCES, T] from the start of a text file.
-
-    Raises:
-        ValueError: for a text that does not fill one batch.
-    """
-    length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
-    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    size = SEQUENCES * length
-    if len(ids) < size:
-        raise ValueError(f"{file} holds {len(ids)} tokens, and calibration needs at least {size}")
-    return [
-        torch.tensor(ids[at : at + size]).view(SEQUENCES, length)
-        for at in range(0, min(len(ids), BATCHES * size) - size + 1, size)
-    ]

@@ -4,7 +4,7 @@
 `weight_norms` is ‖A‖_F / sqrt(N) alone, from the weights that the model returns.
 """
 
-from .figure import draw_statistics
+from .figure import draw_heads, draw_statistics
 from .measuring import attention_statistics
 from .norms import weight_norms
 from .report import AttentionReport, read_reports
@@ -16,6 +16,7 @@ __all__ = [
     "AttentionReport",
     "RowMap",
     "attention_statistics",
+    "draw_heads",
     "draw_statistics",
     "read_reports",
     "weight_norms",

@@ -1,4 +1,4 @@
-"""Statistics over training steps as a figure; matplotlib is imported when one is drawn."""
+"""Statistics as figures: over training steps, and head by head; matplotlib is imported when one is drawn."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,5 +51,44 @@ def draw_statistics(reports: Mapping[int, AttentionReport], path: Path | str) ->
     figure.legend(handles, [f"layer {i}" for i in shown], loc="outside right center", frameon=False)
     path = Path(path)
     # no software version or date inside: equal runs give equal files
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
+
+
+def draw_heads(
+    report: AttentionReport, path: Path | str, gains: Mapping[str, Mapping[int, float]] | None = None
+) -> Path:
+    """One panel a statistic, a cell for each head of each layer; writes a PNG.
+
+    gains: attention module -> head -> its gain, for a panel of its own in the place of the output's size. Heads
+        without one, which are softmax, stay blank.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    layers = list(report.modules)
+    heads = max(len(statistics["frobenius"]) for statistics in report.modules.values())
+    panels = {**PANELS, **({"gain": "gain"} if gains else {})}
+    if gains:
+        del panels["output_rms"]
+    figure = Figure(figsize=(10, 1.6 + 2 * min(4.0, 1.2 + 0.22 * len(layers))), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        cells = np.full((len(layers), heads), np.nan)
+        for row, layer in enumerate(layers):
+            if name == "gain":
+                for head, value in (gains or {}).get(layer, {}).items():
+                    cells[row, head] = value
+            else:
+                column = report.modules[layer][name]
+                cells[row, : len(column)] = column.numpy()
+        image = axes.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest")
+        figure.colorbar(image, ax=axes, fraction=0.05)
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("head", fontsize=9)
+        axes.set_ylabel("layer", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    path = Path(path)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
