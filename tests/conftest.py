@@ -29,6 +29,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Architectures that a test registers are gone after it, and those that it replaces are back."""
+    from hf_polyattn import architectures
+
+    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real checkpoints and texts that are not part of the project (POLYATTN_DATA, or a sibling folder)."""

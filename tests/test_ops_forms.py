@@ -97,7 +97,8 @@ def test_no_gradient_where_none_is_wanted():
     other = {n: x.detach().clone() for n, x in given.items()}
     other["value"].requires_grad_()
     polynomial_attention(**other, backend="naive").sum().backward()
-    torch.testing.assert_close(given["value"].grad, other["value"].grad)
+    # sums of up to 63 terms in another order
+    torch.testing.assert_close(given["value"].grad, other["value"].grad, rtol=1e-5, atol=1e-5)
     assert given["query"].grad is None
 
 

@@ -213,16 +213,13 @@ def test_a_function_of_the_users_cannot_be_copied(tmp_path, caplog):
     assert not (tmp_path / FILE).exists()
 
 
-def test_an_architecture_with_functions_of_its_own_is_not_copied(tmp_path, caplog):
+def test_an_architecture_with_functions_of_its_own_is_not_copied(tmp_path, caplog, own_registry):
     entry = hf_polyattn.architectures.get_architecture(tiny("llama").config)
-    try:
-        hf_polyattn.register_architecture(
-            "llama", entry.attention_classes, num_heads=lambda module: module.config.num_attention_heads, exist_ok=True
-        )
-        with caplog.at_level("WARNING", "hf_polyattn"):
-            patched_tiny("llama").save_pretrained(tmp_path)
-    finally:
-        hf_polyattn.register_architecture("llama", entry.attention_classes, query_key=entry.query_key, exist_ok=True)
+    hf_polyattn.register_architecture(
+        "llama", entry.attention_classes, num_heads=lambda module: module.config.num_attention_heads, exist_ok=True
+    )
+    with caplog.at_level("WARNING", "hf_polyattn"):
+        patched_tiny("llama").save_pretrained(tmp_path)
     assert "registered with functions of its own" in caplog.text
     assert not (tmp_path / FILE).exists()
 
