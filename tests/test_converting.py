@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import HEADS, LAYERS, scale_attention
-from recipe_runs import die, in_fork, recipe, run_recipe, write_text
+from recipe_runs import RECIPES, die, in_fork, recipe, run_recipe, write_text
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -332,6 +332,26 @@ def test_stages_come_from_files(teachers, text, tmp_path):
     argv = ["--model", str(teachers()), "--dataset", str(text), "--output_dir", str(tmp_path / "out")]
     report = recipe("convert").main([*argv, *FAST, *map(str, stages)])
     assert [row.steps for row in report.rows] == [0, 0, 0, 3]
+
+
+def test_finished_conversions_are_collected_once(teachers, text, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)  # it imports the recipes beside it
+    study = recipe("study_converted")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    reports = [run(teachers(), text, folder, *STAGES, "--twin", "--seed", i) for i, folder in enumerate(folders)]
+    out = tmp_path / "converted.csv"
+    for _ in range(2):
+        study.main([*map(str, folders), "--out", str(out)])
+    rows = study.rows_of(out)
+    assert len(rows) == 2 * 7
+    assert not any("/" in row["command"] for row in rows)
+    table = out.with_suffix(".md").read_text().splitlines()
+    gaps = [report.rows[-1].score - report.tuned.score for report in reports]
+    last = next(line for line in table if "| finetune |" in line)
+    assert f"{sum(gaps) / 2:+.3f}" in last
+    assert last.endswith("| 2 |")
+    assert "| transfer |" in table[5]
+    assert table[5].split("|")[5].strip() == ""
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "encoder", "debug_cpu"])

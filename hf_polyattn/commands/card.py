@@ -17,6 +17,7 @@ def run(args: Namespace) -> str:
     out = Path(args.out) if args.out else folder / CARD
     results, twin = (read_results(path) if path else None for path in (args.results, args.twin))
     model = load_checkpoint(args.path)
+    out.parent.mkdir(parents=True, exist_ok=True)
     runs = {"this model": args.results, "softmax twin": args.twin}
     logs = {label: Path(path).with_name("metrics.jsonl") for label, path in runs.items() if path}
     figure = _figure(args.figure, {label: log for label, log in logs.items() if log.exists()}, out.parent)
