@@ -20,7 +20,7 @@ PARTIAL = ".partial"
 
 
 class ConversionFolder:
-    """Opens `out` for a conversion with these settings, a new one or one that was stopped.
+    """The folder `out` of a conversion with these settings, a new one or one that was stopped; `open` writes first.
 
     Raises:
         FileExistsError: when something else lies there, a finished conversion included.
@@ -28,7 +28,7 @@ class ConversionFolder:
     """
 
     def __init__(self, out: str | Path, settings: str) -> None:
-        self.out = Path(out)
+        self.out, self.settings = Path(out), settings
         self.stages = self.out / STAGES
         mine = self.out / SETTINGS
         if (self.out / RESULTS).exists() and mine.exists():
@@ -44,11 +44,14 @@ class ConversionFolder:
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"{self.out} is not empty: give a new folder")
         self.is_resumed = mine.exists()
+
+    def open(self) -> None:
+        """Call it once the job is known to make sense: a mistake must leave nothing that refuses its correction."""
         self.stages.mkdir(parents=True, exist_ok=True)
         for rest in self.stages.glob(f"*{PARTIAL}"):
             shutil.rmtree(rest, ignore_errors=True)
         if not self.is_resumed:
-            _write(mine, settings)
+            _write(self.out / SETTINGS, self.settings)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What was noted of a stage; None when it is not finished."""

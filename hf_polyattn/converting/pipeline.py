@@ -94,7 +94,6 @@ def convert(
         validation_batches=args.validation_batches,
         seed=args.seed,
     )
-    job = _Job(args, folder, teacher, task, settings)
     plan = plan_stages(args, task.has_logits)
     if any(isinstance(stage.settings, FinetuneStage) for stage in plan) and not task.has_logits:
         raise ValueError(f"{type(teacher).__name__} has no logits to train on: name the stages calibrate transfer")
@@ -103,6 +102,8 @@ def convert(
             "this model learns nothing from text without labels: use --distill.cross_entropy 0 in place of finetune, "
             "leave twin out, or fine-tune it afterwards with recipes/finetune_classifier.py"
         )
+    folder.open()
+    job = _Job(args, folder, teacher, task, settings)
     student = job.run(plan)
     tuned = job.tune_twin() if args.twin else None
     report = ConversionReport(task.metric, task.lower_is_better, tuple(job.rows), tuned)
