@@ -12,6 +12,7 @@ A page that another file of tests runs (`test_..._guide.py`) is left to that one
 
 import contextlib
 import io
+import logging
 import re
 import shlex
 import shutil
@@ -32,6 +33,17 @@ from hf_polyattn_cli import main
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 HUB_MODEL = "openai-community/gpt2"
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """A page may change what the package's loggers let through; the tests behind it must not see that."""
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("hf_polyattn")]
+    before = [(logger, logger.level, list(logger.filters)) for logger in loggers]
+    yield
+    for logger, level, filters in before:
+        logger.setLevel(level)
+        logger.filters[:] = filters
 
 
 @dataclass(frozen=True)
