@@ -214,6 +214,9 @@ def settings_yaml(*groups: Any) -> str:
     values: dict[str, Any] = {}
     for group in groups:
         values |= dataclasses.asdict(group)
+        if isinstance(group, ConversionArguments):
+            # what the files of stages say today
+            values["plan"] = [[kind, dataclasses.asdict(settings)] for kind, settings in group.plan(())]
     for name in ("output_dir", "keep_stages", "save_steps", "num_workers"):
         values.pop(name, None)
     return yaml.safe_dump(values, sort_keys=True, allow_unicode=True)

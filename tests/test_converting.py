@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from hf_polyattn import coverage, patch_model
-from hf_polyattn.converting import pipeline
 from hf_polyattn.converting.sources import load_teacher
 from hf_polyattn.models import PolyModelMixin, states
 from hf_polyattn.training.tokenizers import SPECIAL_TOKENS, byte_tokenizer
@@ -125,8 +125,7 @@ def test_the_untouched_teacher_is_what_the_report_begins_with(teachers, text, tm
 )
 def test_the_model_decides_how_it_is_judged(family, auto, metric, stages, teachers, text, tmp_path):
     extra = ("--distill.steps", 2) if "distill" in stages else ()
-    labels = ("--distill.cross_entropy", 0) if metric == "agreement" else ()
-    report = run(teachers(family, auto), text, tmp_path / "out", *extra, *labels)
+    report = run(teachers(family, auto), text, tmp_path / "out", *extra)
     assert report.metric == metric
     assert [row.stage for row in report.rows] == ["softmax", "patched", *stages]
     if not report.lower_is_better:
@@ -140,20 +139,7 @@ def test_transfer_brings_an_encoder_nearer_to_its_teacher(teachers, text, tmp_pa
     assert patched < calibrated < transferred
 
 
-def stop_in(monkeypatch, name, call):
-    """From here on the `call`-th call of a function of the pipeline is the end of the process."""
-    original, count = getattr(pipeline, name), [0]
-
-    def counted(*args, **kwargs):
-        count[0] += 1
-        if count[0] == call:
-            die()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(pipeline, name, counted)
-
-
-def killed(teachers, text, out, monkeypatch, stage):
+def killed(teachers, text, out, monkeypatch, stage, stages=STAGES):
     """Runs a conversion that is killed within a stage: after 3 of its 4 steps, or between stages."""
     from hf_polyattn import steps
 
@@ -165,7 +151,7 @@ def killed(teachers, text, out, monkeypatch, stage):
             die()
 
     monkeypatch.setattr(steps.Steps, "take", take)
-    code = in_fork(lambda: run(teachers(), text, out, *STAGES))
+    code = in_fork(lambda: run(teachers(), text, out, *stages))
     monkeypatch.setattr(steps.Steps, "take", original)
     assert code == -9
 
@@ -259,6 +245,8 @@ def test_what_least_squares_cannot_fit_is_fitted_in_size(teachers, text, tmp_pat
         (("--calibration_fit", "coefficients"), r"use --calibrate\.fit"),
         (("--activation", "softmax"), "no conversion"),
         (("--block_size", 64), "32 positions"),
+        (("--layers", 99), "99"),
+        (("--shares", 0.01), "leaves none of 8 heads"),
         (("--tokenizer", "./gone"), "holds no tokenizer|gone"),
         (("--stages", "transfer", "calibrate"), "calibrate comes first"),
         (("--shares", 0.5, 0.25), "shares must rise"),
@@ -294,7 +282,43 @@ def test_models_that_cannot_be_converted_are_refused(teachers, text, tmp_path):
         run(encoder, text, tmp_path / "a", "--stages", "calibrate", "transfer", "distill")
     classifier = teachers("bert", AutoModelForSequenceClassification)
     with pytest.raises(ValueError, match=r"distill\.cross_entropy 0"):
-        run(classifier, text, tmp_path / "b")
+        run(classifier, text, tmp_path / "b", "--stages", "calibrate", "finetune")
+    for head in (AutoModelForQuestionAnswering, AutoModelForSequenceClassification):
+        options = {"num_labels": 1} if head is AutoModelForSequenceClassification else {}
+        tokenizer = byte_tokenizer(SPECIAL_TOKENS)
+        head.from_config(CONFIGS["bert"](vocab_size=len(tokenizer), **options)).save_pretrained(tmp_path / "head")
+        tokenizer.save_pretrained(tmp_path / "head")
+        with pytest.raises(ValueError, match="knows language models, classifiers of two classes"):
+            run(tmp_path / "head", text, tmp_path / "c")
+
+
+def test_after_adapters_a_stage_trains_all_weights_also_after_a_stop(teachers, text, tmp_path, monkeypatch):
+    stages = ("--stages", "calibrate", "distill", "finetune", "--distill.lora_r", 2)
+    steps = ("--distill.steps", 4, "--finetune.steps", 4)
+    run(teachers(), text, tmp_path / "straight", *stages, *steps, "--keep_stages")
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "stages" / "02-distill")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "straight")
+    assert not torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
+    killed(teachers, text, tmp_path / "out", monkeypatch, "fine-tuning", stages=(*stages, *steps))
+    run(teachers(), text, tmp_path / "out", *stages, *steps)
+    assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "straight"))
+
+
+def test_a_stage_file_that_changed_is_another_conversion(teachers, text, tmp_path, monkeypatch):
+    (tmp_path / "tune.yaml").write_text("stage: finetune\nsteps: 4\nmax_grad_norm: 1\n")
+    stages = ("--stages", "calibrate", tmp_path / "tune.yaml")
+    killed(teachers, text, tmp_path / "out", monkeypatch, "fine-tuning", stages=stages)
+    (tmp_path / "tune.yaml").write_text("stage: finetune\nsteps: 4\nmax_grad_norm: 2\n")
+    with pytest.raises(ValueError, match="other settings"):
+        run(teachers(), text, tmp_path / "out", *stages)
+
+
+def test_the_twin_sees_as_many_tokens_whatever_the_patience(teachers, text, tmp_path):
+    tune = ("--finetune.steps", 6, "--finetune.eval_steps", 1, "--finetune.patience", 1)
+    report = run(teachers(), text, tmp_path / "a", "--stages", "calibrate", "finetune", *tune, "--twin")
+    assert report.tuned.tokens == report.tokens
+    with pytest.raises(ValueError, match="no stage trains on any"):
+        run(teachers(), text, tmp_path / "b", "--stages", "calibrate", "--twin")
 
 
 def test_a_wrong_tokenizer_and_a_broken_teacher_are_told(teachers, text, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import json
 import platform
 import shlex
 import sys
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_polyattn_arguments import AttentionArguments
+from hf_polyattn_arguments import AttentionArguments, mapping
 from hf_polyattn_stages import (
     STAGES,
     CalibrateStage,
@@ -29,7 +30,7 @@ from ..activations import resolve_config
 from ..coefficient_fit import check_linear
 from ..config import PolyAttentionConfig
 from ..models import poly_model_class, states
-from ..patching import patch_model
+from ..patching import coverage, patch_model
 from ..steps import StepCheckpoint
 from ..training.data import load_texts, texts_of
 from ..training.devices import device_name, peak_mib
@@ -78,8 +79,8 @@ def convert(
     settings = _check(args, attention)
     if PartialState().num_processes > 1:
         raise ValueError("a conversion runs in one process: start it without accelerate's --num_processes")
-    teacher = load_teacher(args.model)
     folder = ConversionFolder(args.output_dir, settings_yaml(args, attention, text))
+    teacher = load_teacher(args.model)
     if text.block_size is None:
         positions = getattr(teacher.config, "max_position_embeddings", None) or BLOCK
         text = replace(text, block_size=min(BLOCK, positions))
@@ -94,7 +95,13 @@ def convert(
         validation_batches=args.validation_batches,
         seed=args.seed,
     )
+    distill = mapping("distill", args.distill)
+    if task.has_logits and not task.has_labels and not args.stages and "cross_entropy" not in distill:
+        # the teacher's decisions are all that there is to learn from
+        args = replace(args, distill=json.dumps({**distill, "cross_entropy": 0.0}))
     plan = plan_stages(args, task.has_logits)
+    if args.twin and not any(stage.steps for stage in plan):
+        raise ValueError("twin fine-tunes softmax on as many tokens, and no stage trains on any: leave it out")
     if any(isinstance(stage.settings, FinetuneStage) for stage in plan) and not task.has_logits:
         raise ValueError(f"{type(teacher).__name__} has no logits to train on: name the stages calibrate transfer")
     if not task.has_labels and (args.twin or any(_needs_labels(stage.settings) for stage in plan)):
@@ -102,9 +109,13 @@ def convert(
             "this model learns nothing from text without labels: use --distill.cross_entropy 0 in place of finetune, "
             "leave twin out, or fine-tune it afterwards with recipes/finetune_classifier.py"
         )
+    patched = patch_model(copy.deepcopy(teacher), config=settings)
+    heads = sum(coverage(patched).patched.values())
+    if not round(min(args.shares) * heads):
+        raise ValueError(f"a share of {min(args.shares):g} leaves none of {heads} heads to convert: raise it")
     folder.open()
-    job = _Job(args, folder, teacher, task, settings)
-    student = job.run(plan)
+    job = _Job(args, folder, teacher, task)
+    student = job.run(plan, patched)
     tuned = job.tune_twin() if args.twin else None
     report = ConversionReport(task.metric, task.lower_is_better, tuple(job.rows), tuned)
     (folder.out / "conversion.md").write_text(report.markdown() + "\n", encoding="utf-8")
@@ -141,19 +152,18 @@ class _Job:
         folder: ConversionFolder,
         teacher: PreTrainedModel,
         task: Task,
-        settings: PolyAttentionConfig,
     ) -> None:
-        self.args, self.folder, self.teacher, self.task, self.settings = args, folder, teacher, task, settings
+        self.args, self.folder, self.teacher, self.task = args, folder, teacher, task
         self.rows = [Row(SOFTMAX, self._once("00-softmax", lambda: {"score": task.score(teacher)})["score"], 0, 0.0)]
         self.losses: dict[str, list[float]] = {}
         self.say(f"{SOFTMAX}: {task.metric} {self.rows[0].score:.4f}")
 
-    def run(self, plan: list[Planned]) -> PreTrainedModel:
-        """The student after all stages."""
+    def run(self, plan: list[Planned], patched: PreTrainedModel) -> PreTrainedModel:
+        """The student after all stages; `patched` is where a new one starts."""
         done = [stage for stage in plan if self.folder.read(stage.name) is not None]
         if self.folder.is_resumed:
             self.say(f"going on in {self.folder.out} after {', '.join(s.label for s in done) or 'no finished stage'}")
-        student = self._load(done[-1].name) if done else self._patched()
+        student = self._load(done[-1].name) if done else patched
         # in the report this is what the patch alone leaves, before anything was measured
         first = self._once("00-patched", lambda: {"score": self.task.score(student)})
         self.rows.append(Row(PATCHED, first["score"], 0, 0.0))
@@ -212,14 +222,14 @@ class _Job:
     def tune_twin(self) -> Row:
         """The softmax model on as many tokens, with labels, at the rates of the last stage that trains all weights."""
         steps = sum(row.steps for row in self.rows)
-        stages = [
-            settings
-            for _, settings in self.args.plan(("calibrate", "transfer", "distill"))
-            if isinstance(settings, FinetuneStage)
-        ]
+        planned = [settings for _, settings in self.args.plan(("calibrate", "transfer", "distill"))]
+        stages = [s for s in planned if isinstance(s, FinetuneStage) and not s.lora_r]
         names = set(FinetuneStage.__dataclass_fields__)
         last = {name: value for name, value in asdict(stages[-1]).items() if name in names} if stages else {}
-        settings = FinetuneStage(**{**last, "lora_r": 0, "steps": max(1, steps)})
+        settings = FinetuneStage(**{**last, "steps": steps})
+        if settings.patience:
+            # it may choose its best weights as the student does, and sees as many tokens all the same
+            settings = replace(settings, patience=steps)
 
         def tune() -> dict[str, Any]:
             torch.manual_seed(self.args.seed)
@@ -245,9 +255,6 @@ class _Job:
             note = work()
             self.folder.save(name, None, note)
         return note
-
-    def _patched(self) -> PreTrainedModel:
-        return patch_model(copy.deepcopy(self.teacher), config=self.settings)
 
     def _load(self, name: str) -> PreTrainedModel:
         cls = poly_model_class(type(self.teacher))
@@ -334,6 +341,7 @@ def _results(
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "command": shlex.join(sys.argv),
         "arguments": {**asdict(args), **_named(attention), **asdict(text)},
+        "plan": [[kind, asdict(settings)] for kind, settings in args.plan(())],
         "stages": report.to_dict(),
     }
 

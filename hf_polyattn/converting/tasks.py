@@ -93,12 +93,12 @@ class Agreement(Task):
     def __init__(self, *args: Any, teacher: PreTrainedModel) -> None:
         super().__init__(*args)
         with torch.no_grad(), evaluating(teacher):
-            self.wanted = [out.logits.argmax(-1).cpu() for _, out in self.outputs(teacher)]
+            self.wanted = [_decisions(batch, out.logits) for batch, out in self.outputs(teacher)]
 
     def _score(self, model: PreTrainedModel) -> float:
         equal = [
-            (out.logits.argmax(-1).cpu() == wanted).float().flatten()
-            for (_, out), wanted in zip(self.outputs(model), self.wanted, strict=True)
+            (_decisions(batch, out.logits) == wanted).float()
+            for (batch, out), wanted in zip(self.outputs(model), self.wanted, strict=True)
         ]
         return torch.cat(equal).mean().item()
 
@@ -164,6 +164,7 @@ def task_for(
         collate = masking_collator(tokenizer, seed + 1)
         masked = _all(Numbered(blocks), collate, batch_size, validation_batches)
         return TokenLoss(view, masked, masking_collator(tokenizer, seed))
+    kind = _kind_without_vocabulary(teacher)
     lines = partial(_encode_lines, tokenizer=tokenizer, column=text.text_column, length=text.block_size)
     pad = DataCollatorWithPadding(tokenizer)
     encoded = [rows.map(lines, batched=True, remove_columns=rows.column_names) for rows in (train, held_out)]
@@ -171,8 +172,28 @@ def task_for(
         raise ValueError("the text has too few lines: a model without a vocabulary reads it line by line")
     view = Shuffled(encoded[0], seed)
     some = _all(encoded[1], pad, batch_size, validation_batches)
-    kind = RankAgreement if type(teacher).__name__ in auto.MODEL_MAPPING_NAMES.values() else Agreement
     return kind(view, some, pad, teacher=teacher)
+
+
+def _kind_without_vocabulary(teacher: PreTrainedModel) -> type[RankAgreement] | type[Agreement]:
+    """How a model is judged that predicts no tokens; ValueError for heads that neither way fits."""
+    name = type(teacher).__name__
+    names = [n for group in auto.MODEL_MAPPING_NAMES.values() for n in ([group] if isinstance(group, str) else group)]
+    if name in names:
+        return RankAgreement
+    heads = (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+    if any(name in head.values() for head in heads) and (teacher.config.num_labels or 0) > 1:
+        return Agreement
+    raise ValueError(
+        f"a conversion knows language models, classifiers of two classes or more and encoders without a head; {name} "
+        "is none of them: convert the model that it was made from and fine-tune it, or use transfer_attention"
+    )
+
+
+def _decisions(batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """The class of each text [B], or of each token that is no padding [tokens]."""
+    chosen = logits.argmax(-1).cpu()
+    return chosen[batch["attention_mask"].bool()] if chosen.ndim == 2 else chosen
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
@@ -189,7 +210,7 @@ def _causal_batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def _encode_lines(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, column: str, length: int
 ) -> dict[str, list[list[int]]]:
-    lines = [line.strip() for text in batch[column] for line in text.splitlines() if len(line.split()) > 1]
+    lines = [line.strip() for text in batch[column] for line in text.splitlines() if len(line.strip()) > 1]
     return dict(tokenizer(lines, truncation=True, max_length=length)) if lines else {"input_ids": []}
 
 

@@ -74,7 +74,8 @@ def run_training(
             **options,
         )
     tqdm.write(str(report), file=sys.stderr)
-    merged = trained.merge_and_unload() if stage.lora_r else trained  # type: ignore[operator]
+    # PEFT freezes what is under its adapters, and leaves it so: the next stage may train all weights
+    merged = trained.merge_and_unload().requires_grad_(True) if stage.lora_r else trained  # type: ignore[operator]
     return merged, report.losses.tolist(), report.tokens, report.seconds
 
 
