@@ -14,8 +14,9 @@ from pathlib import Path
 
 from study_checkpoints import name_of, rows_of
 
+from hf_polyattn.converting.report import TUNED
+
 HERE = Path(__file__).parent
-TUNED = "softmax, fine-tuned on as many tokens"
 KEY = ("checkpoint", "attention", "stage", "seed", "steps")
 
 

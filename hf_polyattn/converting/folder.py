@@ -49,7 +49,8 @@ class ConversionFolder:
         """Call it once the job is known to make sense: a mistake must leave nothing that refuses its correction."""
         self.stages.mkdir(parents=True, exist_ok=True)
         for rest in self.stages.glob(f"*{PARTIAL}"):
-            shutil.rmtree(rest, ignore_errors=True)
+            # the steps of a stage are a file, its model a folder
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         if not self.is_resumed:
             _write(self.out / SETTINGS, self.settings)
 
