@@ -1,6 +1,7 @@
 """Figures of runs; matplotlib is imported when one is drawn."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,3 +25,11 @@ def draw_losses(runs: Mapping[str, Path], path: Path) -> Path:
     # no software version or date inside: equal runs give equal files
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
+
+
+def copy_beside(figure: Path, folder: Path) -> str:
+    """Copies an image into `folder`, where it is not there already; returns its name there."""
+    target = folder / figure.name
+    if not target.exists() or not target.samefile(figure):
+        shutil.copyfile(figure, target)
+    return target.name

@@ -67,6 +67,7 @@ def model_card(
     base_model: str | None = None,
     license: str | None = None,
     figure: str | None = None,
+    norms_figure: str | None = None,
 ) -> ModelCard:
     """The card of a model, patched or stock.
 
@@ -78,7 +79,8 @@ def model_card(
         base_model: what it was made from; default: what the results say, where that is a name on the Hub.
         license: the Hub's name of a licence, such as "apache-2.0"; default: that of the base model. Without either the
             card has none.
-        figure: file beside the card.
+        figure: file beside the card, of losses or of a conversion's stages.
+        norms_figure: file beside the card, of the attention's norms over the training.
     Returns:
         huggingface_hub's ModelCard: `str(card)` is the text, `card.save(path)` writes it.
     Raises:
@@ -127,6 +129,7 @@ def model_card(
         "twin": bool(twin),
         "differences": ", ".join(_differences(results, twin)),
         "figure": figure,
+        "norms_figure": norms_figure,
         "figure_label": "Scores after each stage, and losses" if results.get("stages") else "Losses over the steps",
         **_stages(results),
     }

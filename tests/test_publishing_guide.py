@@ -25,6 +25,7 @@ def runs(tmp_path, monkeypatch) -> Path:
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results))
+        (folder / "diagnostics.png").write_bytes(name.encode())
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0, "validation_loss": 3.9}\n')
     patched_tiny("gpt2", double=False).save_pretrained(tmp_path / "runs" / "cubic" / "best")
     return tmp_path / "runs"
@@ -51,6 +52,8 @@ def test_commands_of_the_guide_run(runs, monkeypatch, capsys):
     assert card.data.license == "apache-2.0"
     assert "| validation loss (nats per token) | 1.9 | 1.8 |" in card.text
     assert "![Losses over the steps](losses.png)" in card.text
+    assert "![Norms of the attention over the steps, by layer](diagnostics.png)" in card.text
+    assert (folder / "diagnostics.png").read_bytes() == b"cubic"
     assert json.loads((folder / "results_softmax.json").read_text())["best"] == 1.8
     assert "secret" not in (folder / "results.json").read_text()
     nothing = {"private": None, "revision": None, "message": None, "create_pr": False}

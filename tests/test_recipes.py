@@ -324,7 +324,7 @@ def pushed(monkeypatch) -> list:
 def test_push_publishes_a_model_that_stands_alone(pretrained, tmp_path, pushed, capsys):
     results = run_recipe(
         *("finetune_causal_lm", tmp_path / "mine", "--model", pretrained[0] / "best", *SHORT, "--lora_r", 2),
-        *("--push_to_hub", "--hub_private", "--hub_license", "mit"),
+        *("--push_to_hub", "--hub_private", "--hub_license", "mit", "--diagnostics_steps", 5),
     )
     ((folder, name, private),) = pushed
     assert name == "mine"
@@ -338,8 +338,9 @@ def test_push_publishes_a_model_that_stands_alone(pretrained, tmp_path, pushed, 
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "mit"
     assert card.data.eval_results[0].metric_value == pytest.approx(results["best"], abs=1e-4)
-    assert "losses.png" in card.text
-    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("losses.png", "diagnostics.png"):
+        assert f"]({figure})" in card.text
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in (folder / "results.json").read_text() + str(card)
 
 

@@ -1,13 +1,13 @@
 """`hf-polyattn card`: the model card of a checkpoint, with what belongs beside it."""
 
 import json
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
-from ..figures import draw_losses
+from ..figures import copy_beside, draw_losses
 from ..hub import CARD
 from ..model_card import model_card, portable, read_results
+from ..training.diagnosing import FIGURE
 from .loading import load_checkpoint
 
 
@@ -21,6 +21,8 @@ def run(args: Namespace) -> str:
     runs = {"this model": args.results, "softmax twin": args.twin}
     logs = {label: Path(path).with_name("metrics.jsonl") for label, path in runs.items() if path}
     figure = _figure(args.figure, {label: log for label, log in logs.items() if log.exists()}, out.parent)
+    drawn = Path(args.results).with_name(FIGURE) if args.results else None
+    norms = copy_beside(drawn, out.parent) if drawn and drawn.exists() else None
     text = model_card(
         model,
         results,
@@ -29,11 +31,16 @@ def run(args: Namespace) -> str:
         base_model=args.base_model,
         license=args.license,
         figure=figure,
+        norms_figure=norms,
     )
     if text.data.get("license") is None:
         raise ValueError("the licence cannot be told from the base model: name it, such as --license apache-2.0")
     text.save(out)
-    written = {"card": str(out), "figure": str(out.parent / figure) if figure else None}
+    written = {
+        "card": str(out),
+        "figure": str(out.parent / figure) if figure else None,
+        "norms": str(out.parent / norms) if norms else None,
+    }
     for key, content, name in (("results", results, "results.json"), ("twin", twin, "results_softmax.json")):
         written[key] = str(out.parent / name) if content else None
         if content:
@@ -44,8 +51,5 @@ def run(args: Namespace) -> str:
 def _figure(given: str | None, logs: dict[str, Path], folder: Path) -> str | None:
     """Name of the image in `folder`: a copy of the given one, or the losses of `logs`; None without either."""
     if given:
-        target = folder / Path(given).name
-        if not target.exists() or not target.samefile(given):
-            shutil.copyfile(given, target)
-        return target.name
+        return copy_beside(Path(given), folder)
     return draw_losses(logs, folder / "losses.png").name if logs else None

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_polyattn_arguments import Group, OptimizationArguments, RunArguments, as_yaml
 
-from ..figures import draw_losses
+from ..figures import copy_beside, draw_losses
 from ..hub import CARD, push
 from ..model_card import model_card, portable
 from .checkpoint import find_last, load_state, prune, read_position, register_hooks, save_checkpoint
@@ -343,7 +343,10 @@ class Run:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         figure = draw_losses({"this model": self.out / "metrics.jsonl"}, folder / "losses.png")
-        card = model_card(model, results, name=name, license=self.args.hub_license, figure=figure.name)
+        norms = copy_beside(self.out / FIGURE, folder) if (self.out / FIGURE).exists() else None
+        card = model_card(
+            model, results, name=name, license=self.args.hub_license, figure=figure.name, norms_figure=norms
+        )
         if card.data.get("license") is None:
             print_once("the card names no licence: add it on the Hub, or pass --hub_license another time")
         card.save(folder / CARD)
