@@ -67,7 +67,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
 from hf_polyattn.training.lora import BASE, add_lora, resume_lora
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
-from hf_polyattn.training.models import build_model, print_once, replace_attention
+from hf_polyattn.training.models import build_model, print_once, recompute_activations, replace_attention
 from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
 from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
 from hf_polyattn.training.run import Run, start_accelerator
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> dict:
     if lora.lora_r:
         model = resume_lora(model, run.checkpoint) if run.checkpoint else add_lora(accelerator, model, lora, base)
     if optimization.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
     model.train()
     # other dropout on every process
     set_seed(optimization.seed, device_specific=True)

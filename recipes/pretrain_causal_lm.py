@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polyattn.training.data import load_texts, next_token_batch, pack, texts_of, tokenise, training_view
 from hf_polyattn.training.losses import labels_in_step, mean_loss, step_loss, token_losses, tokens_in_step
-from hf_polyattn.training.models import build_model, replace_attention
+from hf_polyattn.training.models import build_model, recompute_activations, replace_attention
 from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
 from hf_polyattn.training.order import evaluation_loader, first_inputs, training_loader
 from hf_polyattn.training.run import Run, start_accelerator
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
         inputs = attention.inputs(first, model_args)
         model = replace_attention(model, attention, *inputs, device=accelerator.device)
     if optimization.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
     model.train()
     # other dropout on every process
     set_seed(optimization.seed, device_specific=True)

@@ -47,6 +47,7 @@ import json, sys, time
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, CONFIG_MAPPING, PreTrainedModel
 import transformers.masking_utils, transformers.initialization
+import transformers.models.auto.modeling_auto  # of any user of a model; the oldest version comes to it by a docstring
 before = set(sys.modules)  # Transformers imports Triton itself, through torch's compiler
 start = time.process_time()
 import hf_polyattn

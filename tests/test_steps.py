@@ -11,7 +11,7 @@ from safetensors import safe_open
 from hf_polyattn import calibrate, patch_model
 from hf_polyattn.conversion import transfer_attention
 from hf_polyattn.distillation import distill
-from hf_polyattn.steps import EarlyStop, StepCheckpoint
+from hf_polyattn.steps import EarlyStop, StepCheckpoint, Steps
 
 STEPS = 8
 
@@ -77,6 +77,18 @@ def test_what_a_stop_leaves_is_whole(tmp_path):
     keep = StepCheckpoint(tmp_path / "steps.safetensors", every=1)
     transfer(student, teacher, batches(), checkpoint=keep)
     assert [path.name for path in tmp_path.iterdir()] == ["steps.safetensors"]
+
+
+def test_losses_are_copies():
+    """What a forward pass has allocated is not kept: between its large blocks it would waste their place."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    stepping = Steps([{"params": [weight], "first": 0.1, "last": 0.1}], 1, "test", progress=False)
+    for _ in stepping.over([{"input_ids": torch.ones(1, 2, dtype=torch.long)}]):
+        loss = weight.sum()
+        loss.backward()
+        stepping.take(loss)
+    assert stepping.losses == [2.0]
+    assert stepping.losses[0].data_ptr() != loss.data_ptr()
 
 
 def test_the_steps_of_something_else_are_refused(tmp_path):

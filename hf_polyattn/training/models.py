@@ -137,6 +137,13 @@ def replace_attention(
     return model.to(home)  # type: ignore[arg-type]
 
 
+def recompute_activations(model: Any) -> None:
+    """Keeps less memory in training: activations are computed again for the backward pass (gradient checkpointing)."""
+    # Transformers renamed it after 5.20
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 def _moved(batch: Mapping[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
