@@ -127,7 +127,7 @@ def transfer_attention(
             stepping.take(torch.stack(_layer_losses(teacher, pairs, inputs, backward=True, extra=extra)))
         after, trained = _layer_losses(teacher, pairs, stepping.first_inputs, backward=False, extra=extra)
     # [steps, 2, modules]: what is reported, and what was trained
-    losses = torch.stack(stepping.losses)
+    losses = stepping.losses
     reported, first = losses[:, 0], losses[0, 1].mean().item()
     names = tuple(pair.name for pair in pairs)
     report = TransferReport(names, reported, reported[0], after, stepping.tokens, stepping.seconds)

@@ -116,7 +116,7 @@ def distill(
                     "the student has the weights of the step before. Calibrate it first, or lower the learning rates"
                 )
             stepping.take(loss)
-    return DistillReport(torch.stack(stepping.losses), stepping.tokens, stepping.seconds, stepping.name)
+    return DistillReport(stepping.losses, stepping.tokens, stepping.seconds, stepping.name)
 
 
 def _distillation_loss(

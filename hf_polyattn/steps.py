@@ -72,15 +72,18 @@ class Steps:
         self.parameters: list[nn.Parameter] = [p for group in kept for p in group["params"]]
         self.total, self.name, self.warmup_steps = total, name, warmup_steps
         self.checkpoint, self.early_stop, self.progress = checkpoint, early_stop, progress
-        self.losses: list[torch.Tensor] = []
+        self.done = 0
+        # all of them in one tensor: small ones kept from each step would lie between the large blocks of its forward
+        # pass, and the allocator could not use their place again, which was seen to cost 3 MB a step
+        self._losses = torch.empty(0)
         self.tokens, self.seconds = 0, 0.0
         self.first_inputs: dict[str, Any] = {}
         self.best, self._best_weights, self._waited = math.inf, list[torch.Tensor](), 0
 
     @property
-    def done(self) -> int:
-        """Steps so far, those of an earlier process included."""
-        return len(self.losses)
+    def losses(self) -> torch.Tensor:
+        """[done, ...]: of each step so far, those of an earlier process included."""
+        return self._losses[: self.done]
 
     def over(self, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """The inputs of each step, for which the caller calls `take`; steps that a checkpoint holds are passed by.
@@ -121,9 +124,10 @@ class Steps:
         """One step of the optimizer on the gradients that are there; `loss` is kept, of any shape."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # a copy: the loss itself lies between the large blocks of its forward pass, and kept there it would stop the
-        # allocator from using their place again, which was seen to cost 3 MB a step
-        self.losses.append(loss.detach().float().cpu().clone())
+        if not self.done:
+            self._losses = torch.zeros(self.total, *loss.shape)
+        self._losses[self.done] = loss.detach()
+        self.done += 1
 
     def _measure(self) -> None:
         stop = self.early_stop
@@ -145,7 +149,7 @@ class Steps:
         return True
 
     def _save(self, file: Path) -> None:
-        tensors = {"losses": torch.stack(self.losses), "random_state": torch.get_rng_state()}
+        tensors = {"losses": self.losses, "random_state": torch.get_rng_state()}
         if self.parameters[0].is_cuda:
             tensors["cuda_random_state"] = torch.cuda.get_rng_state(self.parameters[0].device)
         for i, parameter in enumerate(self.parameters):
@@ -170,7 +174,9 @@ class Steps:
                 raise ValueError(f"{file} holds the steps of another {self.name}: remove it to start anew")
             tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
         numbers = json.loads(metadata["numbers"])
-        self.losses = list(tensors["losses"].unbind(0))
+        self.done = len(tensors["losses"])
+        self._losses = torch.zeros(self.total, *tensors["losses"].shape[1:])
+        self._losses[: self.done] = tensors["losses"]
         self.tokens, self.seconds = numbers["tokens"], numbers["seconds"]
         self.best, self._waited = numbers["best"], numbers["waited"]
         moments: dict[int, dict[str, torch.Tensor]] = {}

@@ -57,6 +57,16 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
         "softmax-qk",
     ),
     # what else was tried under QK-norm, on one seed
+    "poly-qk-l2": (
+        "degree 3, QK-norm, l2",
+        "--activation poly --qk_norm true --normalization l2",
+        "softmax-qk",
+    ),
+    "poly-qk-l2-affine": (
+        "degree 3, QK-norm, l2, learnable alpha and beta",
+        "--activation poly --qk_norm true --normalization l2 --learn_affine true",
+        "softmax-qk",
+    ),
     "poly-qk-rate10": (
         "degree 3, QK-norm, coefficients learn 10 times as fast",
         "--activation poly --qk_norm true --polyattn_learning_rate_multiplier 10",
