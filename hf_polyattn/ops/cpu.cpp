@@ -7,334 +7,10 @@
 // One source, one build for each instruction set: the width of `vec` decides. 16-bit inputs are converted to fp32
 // while they are packed, except where the processor multiplies bf16 itself (AVX512_BF16); sums are always fp32.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <memory>
-#include <vector>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "cpu.h"
+#include "cpu_decode.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, STRIP = 12;  // 12 x 2 accumulators, 2 columns, 1 broadcast: 27 of 32 registers
-#elif defined(__AVX2__)
-constexpr int LANES = 8, STRIP = 6;  // 6 x 2 accumulators: 15 of 16 registers
-#else
-constexpr int LANES = 4, STRIP = 6;
-#endif
-constexpr int PANEL = 2 * LANES;                // keys that one pass of a strip covers
-constexpr int HALF = STRIP / 2;                 // rows of a strip in the backward, which holds two products
-constexpr int OUT = LANES == 16 ? 4 : 2;        // vectors of one row that a product of tiles covers
-constexpr int CELL = 32;                        // keys for which a keep mask is summarised; a multiple of PANEL
-constexpr int ROWS = 48;                        // queries for which it is; a multiple of STRIP
-constexpr int FORWARD_ROWS = 96, FORWARD_KEYS = 256;
-constexpr int BACKWARD_KEYS = 96;
-
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t mask_vec __attribute__((vector_size(LANES * 4)));
-typedef float unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t unaligned_mask __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint16_t bf16;
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-INLINE vec load(const float* x) { return *(const unaligned*)x; }
-INLINE void store(float* x, vec v) { *(unaligned*)x = v; }
-INLINE vec broadcast(float x) { return x - vec{}; }
-INLINE vec select(mask_vec keep, vec v) { return (vec)((mask_vec)v & keep); }
-INLINE float add_lanes(vec v) {
-  UNROLL for (int half = LANES / 2; half; half /= 2) {
-    mask_vec order{};
-    UNROLL for (int i = 0; i < LANES; i++) order[i] = (i + half) % LANES;
-    v += __builtin_shuffle(v, order);
-  }
-  return v[0];
-}
-
-// lane l of the result is the sum of the lanes of v[l]: half the shuffles and adds of LANES times `add_lanes`, or less
-INLINE vec add_lanes_of_each(vec (&v)[LANES]) {
-  UNROLL for (int half = LANES / 2; half; half /= 2) {
-    mask_vec own{}, other{};
-    UNROLL for (int l = 0; l < LANES; l++) {
-      int from = l & half ? LANES : 0;
-      own[l] = from + l;
-      other[l] = from + (l ^ half);
-    }
-    UNROLL for (int i = 0; i < half; i++)
-      v[i] = __builtin_shuffle(v[i], v[i + half], own) + __builtin_shuffle(v[i], v[i + half], other);
-  }
-  return v[0];
-}
-
-INLINE float widen(float x) { return x; }
-INLINE float widen(bf16 x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-INLINE vec load_wide(const float* x) { return load(x); }
-INLINE vec load_wide(const bf16* x) {
-  typedef bf16 narrow_vec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-  typedef uint32_t bits_vec __attribute__((vector_size(LANES * 4)));
-  return (vec)(__builtin_convertvector(*(const narrow_vec*)x, bits_vec) << 16);
-}
-INLINE void narrow(float* to, float x) { *to = x; }
-INLINE void narrow(bf16* to, float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  *to = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// What a tile is computed in: fp32, or bf16 where the processor has a product of pairs of it. PAIR: elements along the
-// depth of a product that lie side by side in packed operands.
-template <class T> struct Tile;
-template <> struct Tile<float> { static constexpr int PAIR = 1; };
-template <> struct Tile<bf16> { static constexpr int PAIR = 2; };
-
-// acc[i][j] += sum_k a(i, k) b(k, j), a at a + i * row + k * step, b in rows of `width` elements, N vectors of it.
-template <int R, int N>
-INLINE void multiply(vec (&acc)[R][N], const float* a, long row, long step, const float* b, long width, int depth) {
-  for (int k = 0; k < depth; k++) {
-    vec columns[N];
-    UNROLL for (int j = 0; j < N; j++) columns[j] = load(b + k * width + j * LANES);
-    UNROLL for (int i = 0; i < R; i++) {
-      vec x = broadcast(a[i * row + k * step]);
-      UNROLL for (int j = 0; j < N; j++) acc[i][j] += x * columns[j];
-    }
-  }
-}
-
-INLINE void store_weights(float* x, vec v) { store(x, v); }
-
-#ifdef __AVX512BF16__
-// The same for pairs: depth, step and width count pairs.
-template <int R, int N>
-INLINE void multiply(vec (&acc)[R][N], const bf16* a, long row, long step, const bf16* b, long width, int depth) {
-  for (int k = 0; k < depth; k++) {
-    vec columns[N];
-    UNROLL for (int j = 0; j < N; j++) columns[j] = load((const float*)(b + 2 * k * width) + j * LANES);
-    UNROLL for (int i = 0; i < R; i++) {
-      int32_t pair;
-      memcpy(&pair, a + i * row + 2 * k * step, 4);
-      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      UNROLL for (int j = 0; j < N; j++)
-        acc[i][j] = (vec)_mm512_dpbf16_ps((__m512)acc[i][j], x, (__m512bh)columns[j]);
-    }
-  }
-}
-
-INLINE __m256i rounded(vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
-INLINE void store_weights(bf16* x, vec v) { _mm256_storeu_si256((__m256i*)x, rounded(v)); }
-INLINE void store_pairs(bf16* x, vec even, vec odd) {
-  __m512i low = _mm512_cvtepu16_epi32(rounded(even)), high = _mm512_cvtepu16_epi32(rounded(odd));
-  _mm512_storeu_si512(x, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------- phi
-
-// phi(s) = s^degree, or sum_k c_k s^k. DEGREE 0: known at run time only.
-template <bool COEFFICIENTS, int DEGREE> struct Phi {
-  int runtime;
-  const float* c;
-  inline __attribute__((always_inline)) int degree() const { return DEGREE ? DEGREE : runtime; }
-  inline __attribute__((always_inline)) vec operator()(vec s) const {
-    if constexpr (COEFFICIENTS) {
-      vec out = broadcast(c[degree()]);
-      UNROLL for (int k = degree() - 1; k >= 0; k--) out = out * s + c[k];
-      return out;
-    } else {
-      vec out = s;
-      UNROLL for (int k = 1; k < degree(); k++) out *= s;
-      return out;
-    }
-  }
-  inline __attribute__((always_inline)) vec with_slope(vec s, vec& slope) const {
-    if constexpr (COEFFICIENTS) {
-      vec out = broadcast(c[degree()]);
-      slope = vec{};
-      UNROLL for (int k = degree() - 1; k >= 0; k--) {
-        slope = slope * s + out;
-        out = out * s + c[k];
-      }
-      return out;
-    } else {
-      vec lower = broadcast(1.0f);
-      UNROLL for (int k = 1; k < degree(); k++) lower *= s;
-      slope = lower * (float)degree();
-      return lower * s;
-    }
-  }
-};
-
-// -------------------------------------------------------------------------------------------------- the problem
-
-enum Normalization { SQRT_LENGTH, LENGTH, SUM, L1, L2, CONSTANT };
-
-struct Rows {  // [B, heads, rows, width]: strides count elements, that of the last dimension is 1
-  void* data;
-  int64_t batch, head, row;
-  template <class U> U* at(int64_t b, int64_t h, int64_t i) const { return (U*)data + b * batch + h * head + i * row; }
-};
-
-Rows rows_of(const at::Tensor& x) {
-  TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "the last dimension must be contiguous");
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-struct Span {  // keys [first, last), some of them masked or none
-  int first, last;
-  bool partial;
-};
-
-// Which keys row i of batch b may attend to: those of [low, high) that the keep mask names. Both rise with i.
-struct Masks {
-  int T, S, window;
-  bool causal;
-  const int64_t* lengths = nullptr;  // [B]: keys from there on are padding
-  const bool* keep = nullptr;                         // strides 0 where it is broadcast
-  int64_t batch = 0, head = 0, row = 0, key = 0;
-  std::vector<uint8_t> summary;  // [B or 1][H or 1][blocks of ROWS][cells]: 0 nobody attends, 1 some, 2 all to all
-  int batches = 0, heads = 0, blocks = 0, cells = 0;
-
-  int low(int i) const {
-    return window ? std::max(0, i + S - T - window + 1) : 0;
-  }
-  int high(int b, int i) const {
-    int out = lengths ? std::min<int64_t>(S, lengths[b]) : S;
-    if (causal) out = std::min(out, i + S - T + 1);
-    if (window) out = std::min(out, i + S - T + window);
-    return out;
-  }
-  const bool* kept(int b, int h, int i) const { return keep + b * batch + h * head + i * row; }
-
-  void summarise() {
-    cells = (S + CELL - 1) / CELL;
-    blocks = row ? (T + ROWS - 1) / ROWS : 1;
-    summary.resize((size_t)batches * heads * blocks * cells);
-    at::parallel_for(0, batches * heads * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t x = begin; x < end; x++) {
-        int i0 = x % blocks * ROWS, i1 = row ? std::min(T, i0 + ROWS) : 1;
-        int b = x / blocks / heads, h = x / blocks % heads;
-        for (int cell = 0; cell < cells; cell++) {
-          int first = cell * CELL, last = std::min(S, first + CELL), count = 0;
-          for (int i = i0; i < i1; i++)
-            for (int j = first; j < last; j++) count += kept(b, h, i)[j * key];
-          summary[x * cells + cell] = count == 0 ? 0 : count == (i1 - i0) * (last - first) ? 2 : 1;
-        }
-      }
-    });
-  }
-
-  // Runs of at most `most` keys that some row of [i0, i1) attends to.
-  void spans(int b, int h, int i0, int i1, int from, int to, int most, std::vector<Span>& out) const {
-    out.clear();
-    int first = std::max(from, low(i0)) / PANEL * PANEL, last = std::min(to, high(b, i1 - 1));
-    if (!keep) {
-      for (int j = first; j < last; j += most) out.push_back({j, std::min(last, j + most), false});
-      return;
-    }
-    const uint8_t* base = &summary[((size_t)(batches > 1 ? b : 0) * heads + (heads > 1 ? h : 0)) * blocks * cells];
-    for (int cell = first / CELL; cell * CELL < last; cell++) {
-      bool some = false, all = true;
-      for (int block = i0 / ROWS; block <= (i1 - 1) / ROWS; block++) {
-        uint8_t seen = base[(blocks > 1 ? block : 0) * cells + cell];
-        some |= seen > 0;
-        all &= seen == 2;
-      }
-      if (!some) continue;
-      int j0 = std::max(first, cell * CELL), j1 = std::min(last, (cell + 1) * CELL);
-      if (!out.empty() && out.back().last == j0 && out.back().partial == !all && j1 - out.back().first <= most)
-        out.back().last = j1;
-      else
-        out.push_back({j0, j1, !all});
-    }
-  }
-
-  bool full(int b, int i0, int i1, int j0, int j1) const { return low(i1 - 1) <= j0 && high(b, i0) >= j1; }
-
-  // Lanes of the masked keys become 0, those of the others all ones: [i1 - i0][columns], `stride` apart.
-  void write(int b, int h, int i0, int i1, int j0, int columns, bool partial, int32_t* out, int stride) const {
-    for (int i = i0; i < i1; i++, out += stride) {
-      int first = std::clamp(low(i) - j0, 0, columns), last = std::clamp(high(b, i) - j0, first, columns);
-      std::fill(out, out + first, 0);
-      std::fill(out + first, out + last, -1);
-      std::fill(out + last, out + columns, 0);
-      if (!partial) continue;
-      const bool* row_keep = kept(b, h, i) + j0 * key;
-      if (key == 1)
-        for (int j = first; j < last; j++) out[j] = -(int32_t)row_keep[j];
-      else
-        for (int j = first; j < last; j++) out[j] = -(int32_t)row_keep[j * key];
-    }
-  }
-
-  int length(int b, int h, int i) const {
-    int first = low(i), last = high(b, i), count = 0;
-    if (!keep) return std::max(0, last - first);
-    const bool* row_keep = kept(b, h, i);
-    if (key == 1)
-      for (int j = first; j < last; j++) count += row_keep[j];
-    else
-      for (int j = first; j < last; j++) count += row_keep[j * key];
-    return count;
-  }
-};
-
-struct Problem {
-  int B, H, Hk, T, S, D, Dv, degree;
-  Normalization normalization;
-  float constant, scaling;
-  const float* coefficients;  // [H][degree + 1], null for s^degree
-  const float* gain;          // [H], null for 1
-  Masks masks;
-  Rows q, k, v;
-
-  int group() const { return H / Hk; }
-  bool normalized() const { return normalization == SUM || normalization == L1 || normalization == L2; }
-  template <class F> F phi(int h) const { return {degree, coefficients ? coefficients + h * (degree + 1) : nullptr}; }
-  float gain_of(int h) const { return gain ? gain[h] : 1; }
-  // Z of a row from sum phi, sum |phi| or sum phi^2.
-  float divisor(int b, int h, int i, float total) const {
-    constexpr float eps = 1e-6f;
-    switch (normalization) {
-      case SQRT_LENGTH: return std::sqrt((float)std::max(1, masks.length(b, h, i)));
-      case LENGTH: return (float)std::max(1, masks.length(b, h, i));
-      case SUM: case L1: return eps + total;
-      case L2: return std::sqrt(eps + total);
-      default: return constant;
-    }
-  }
-};
-
-int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-struct Free { void operator()(void* x) const { free(x); } };
-template <class T> using Buffer = std::unique_ptr<T[], Free>;
-template <class T> Buffer<T> buffer(int64_t count) {
-  void* out = nullptr;
-  // a panel more than asked for, so that whole vectors may be read past the end
-  TORCH_CHECK(!posix_memalign(&out, 64, up((count + 4 * LANES) * sizeof(T), 64)), "out of memory");
-  return Buffer<T>((T*)out);
-}
-
-// Items of different cost, each done by whichever thread is free; what an item writes belongs to it alone.
-template <class F> void share(int64_t items, const F& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) work([&] { return next++; });
-  });
-}
 
 // ------------------------------------------------------------------------------------------------------ packing
 
@@ -423,16 +99,6 @@ __attribute__((noinline)) void strip_weights(const T* q, int depth, const T* pan
     }
   }
 }
-
-template <class T> float statistic(const T* weights, int columns, Normalization normalization) {
-  float total = 0;
-  for (int j = 0; j < columns; j++) {
-    float w = widen(weights[j]);
-    total += normalization == SUM ? w : normalization == L1 ? std::abs(w) : w * w;
-  }
-  return total;
-}
-
 template <class U, class T, class F> void forward(const Problem& x, Rows out, float* divisors) {
   const int depth = up(x.D, 2), width = up(x.Dv, LANES), keys = up(x.S, PANEL), group = x.group();
   auto panels = buffer<T>((int64_t)x.B * x.Hk * keys * depth);
@@ -445,7 +111,7 @@ template <class U, class T, class F> void forward(const Problem& x, Rows out, fl
     }
   });
   const int blocks = (x.T + FORWARD_ROWS - 1) / FORWARD_ROWS;
-  share((int64_t)x.B * x.H * blocks, [&](auto next) {
+  share((int64_t)x.B * x.H * blocks, at::get_num_threads(), [&](auto next) {
     auto q = buffer<T>(FORWARD_ROWS * depth), weights = buffer<T>(STRIP * FORWARD_KEYS);
     auto o = buffer<float>(FORWARD_ROWS * width);
     auto keep = buffer<int32_t>(STRIP * FORWARD_KEYS);
@@ -488,129 +154,6 @@ template <class U, class T, class F> void forward(const Problem& x, Rows out, fl
       }
     }
   });
-}
-
-// ------------------------------------------------------------------------------------------------------- decode
-
-constexpr int DECODE_ROWS = 8;   // as many queries at most; more are worth packing the keys for
-constexpr int AHEAD = 64;        // keys for which memory is asked before they are read
-constexpr int DECODE_KEYS = 64;  // whose keys and values stay in the first cache
-
-// Asks the second cache for rows of keys or values. Rows of other heads lie between those of one in some layouts, often
-// a page apart, where the processor does not look ahead by itself; where rows adjoin, it does so too late for a cache
-// that lies in memory.
-template <class U> INLINE void fetch(const U* row, int64_t stride, int width) {
-  UNROLL for (int n = 0; n < LANES; n++)
-    for (int d = 0; d < width; d += 64 / sizeof(U)) __builtin_prefetch(row + n * stride + d, 0, 2);
-}
-
-// q . k of one query and LANES keys: their sums do not wait for one another, and end in one vector. DEPTH 0: known at
-// run time only.
-template <int DEPTH, class U> INLINE vec dots(const float* q, const U* keys, int64_t row, int depth) {
-  vec sums[LANES] = {};
-  UNROLL for (int d = 0; d < (DEPTH ? DEPTH : depth); d += LANES) {
-    vec here = load(q + d);
-    UNROLL for (int n = 0; n < LANES; n++) sums[n] += load_wide(keys + n * row + d) * here;
-  }
-  return add_lanes_of_each(sums);
-}
-
-// A few queries against many keys: every key and value is read once, where it lies, for all heads that share it.
-// Long caches are cut into chunks, so that all threads have work; their sums are added at the end.
-template <class U, class F> void decode(const Problem& x, Rows out, float* divisors) {
-  const int depth = up(x.D, LANES), width = up(x.Dv, LANES), group = x.group(), rows = group * x.T;
-  const int64_t heads = (int64_t)x.B * x.Hk, threads = at::get_num_threads();
-  const int chunks = std::max<int64_t>(1, std::min<int64_t>(x.S / 256, heads >= threads ? 1 : 2 * threads / heads));
-  const int chunk = up((x.S + chunks - 1) / chunks, DECODE_KEYS);
-  auto parts = buffer<float>(chunks * heads * rows * width), totals = buffer<float>(chunks * heads * rows);
-  std::fill(parts.get(), parts.get() + chunks * heads * rows * width, 0.0f);
-  std::fill(totals.get(), totals.get() + chunks * heads * rows, 0.0f);
-  share(chunks * heads, [&](auto next) {
-    auto q = buffer<float>(rows * depth), weights = buffer<float>(rows * DECODE_KEYS);
-    auto line = buffer<U>(std::max(depth, width));
-    auto keep = buffer<int32_t>(DECODE_KEYS);
-    for (int64_t item; (item = next()) < chunks * heads;) {
-      int head = item % x.Hk, b = item / x.Hk % x.B, part = item / heads;
-      float *o = &parts[item * rows * width], *total = &totals[item * rows];
-      for (int r = 0; r < rows; r++)
-        pack_rows(x.q.at<U>(b, head * group + r / x.T, r % x.T), 0, 1, 1, x.D, depth, &q[r * depth]);
-      int from = std::max(part * chunk, x.masks.low(0)), to = std::min((part + 1) * chunk, x.masks.high(b, x.T - 1));
-      for (int j0 = from; j0 < to; j0 += DECODE_KEYS) {
-        int count = std::min(DECODE_KEYS, to - j0), padded = up(count, LANES);
-        int j = 0;
-        for (; depth == x.D && j + LANES <= count; j += LANES) {
-          const U* key = x.k.at<U>(b, head, j0 + j);
-          fetch(key + AHEAD * x.k.row, x.k.row, x.D);
-          fetch(x.v.at<U>(b, head, j0 + j) + AHEAD * x.v.row, x.v.row, x.Dv);
-          for (int r = 0; r < rows; r++) {
-            const float* query = &q[r * depth];
-            store(&weights[r * DECODE_KEYS + j],
-                  depth == 64 ? dots<64>(query, key, x.k.row, depth) : dots<0>(query, key, x.k.row, depth));
-          }
-        }
-        for (; j < count; j++) {
-          pack_rows(x.k.at<U>(b, head, j0 + j), 0, 1, 1, x.D, depth, line.get());
-          for (int r = 0; r < rows; r++) {
-            vec sum{};
-            for (int d = 0; d < depth; d += LANES) sum += load_wide(&line[d]) * load(&q[r * depth + d]);
-            weights[r * DECODE_KEYS + j] = add_lanes(sum);
-          }
-        }
-        for (int r = 0; r < rows; r++) {
-          int h = head * group + r / x.T, i = r % x.T;
-          float* w = &weights[r * DECODE_KEYS];
-          F phi = x.phi<F>(h);
-          std::fill(w + count, w + padded, 0.0f);
-          x.masks.write(b, h, i, i + 1, j0, padded, x.masks.keep, keep.get(), DECODE_KEYS);
-          for (int j = 0; j < padded; j += LANES)
-            store(w + j, select(*(const unaligned_mask*)&keep[j], phi(load(w + j) * x.scaling)));
-          if (x.normalized()) total[r] += statistic(w, count, x.normalization);
-        }
-        int d = 0;
-        for (; d + 4 * LANES <= x.Dv; d += 4 * LANES) {
-          const U* values = x.v.at<U>(b, head, j0) + d;
-          for (int r = 0; r < rows; r++) {
-            // even and odd keys apart: a sum that waits for itself alone takes twice the time
-            vec sum[4], odd[4] = {};
-            UNROLL for (int n = 0; n < 4; n++) sum[n] = load(&o[r * width + d + n * LANES]);
-            const float* w = &weights[r * DECODE_KEYS];
-            int j = 0;
-            for (; j + 2 <= count; j += 2) {
-              const U* value = values + j * x.v.row;
-              UNROLL for (int n = 0; n < 4; n++) sum[n] += load_wide(value + n * LANES) * w[j];
-              UNROLL for (int n = 0; n < 4; n++) odd[n] += load_wide(value + x.v.row + n * LANES) * w[j + 1];
-            }
-            if (j < count) UNROLL for (int n = 0; n < 4; n++) sum[n] += load_wide(values + j * x.v.row + n * LANES) * w[j];
-            UNROLL for (int n = 0; n < 4; n++) store(&o[r * width + d + n * LANES], sum[n] + odd[n]);
-          }
-        }
-        for (; d < x.Dv; d += LANES) {
-          for (int r = 0; r < rows; r++) {
-            vec sum = load(&o[r * width + d]);
-            for (int j = 0; j < count; j++) {
-              const U* value = x.v.at<U>(b, head, j0 + j) + d;
-              if (d + LANES > x.Dv) pack_rows(value, 0, 1, 1, x.Dv - d, LANES, line.get()), value = line.get();
-              sum += load_wide(value) * weights[r * DECODE_KEYS + j];
-            }
-            store(&o[r * width + d], sum);
-          }
-        }
-      }
-    }
-  });
-  for (int64_t row = 0; row < heads * rows; row++) {
-    int r = row % rows, head = row / rows % x.Hk, b = row / rows / x.Hk, h = head * group + r / x.T, i = r % x.T;
-    float total = 0;
-    for (int c = 0; c < chunks; c++) total += totals[c * heads * rows + row];
-    float z = x.divisor(b, h, i, total);
-    divisors[((int64_t)b * x.H + h) * x.T + i] = z;
-    U* to = out.at<U>(b, h, i);
-    for (int d = 0; d < x.Dv; d++) {
-      float sum = 0;
-      for (int c = 0; c < chunks; c++) sum += parts[(c * heads * rows + row) * width + d];
-      narrow(to + d, sum * (x.gain_of(h) / z));
-    }
-  }
 }
 
 // ----------------------------------------------------------------------------------------------------- backward
@@ -697,7 +240,7 @@ template <class U, class T, class F> void backward(const Problem& x, const Gradi
   constexpr int PAIR = Tile<T>::PAIR;
   const int depth = up(x.D, LANES), value_depth = up(x.Dv, LANES), group = x.group(), rows = up(x.T, STRIP);
   const int chunk = up((x.S + chunks - 1) / chunks, BACKWARD_KEYS);
-  share((int64_t)chunks * x.B * x.Hk, [&](auto next) {
+  share((int64_t)chunks * x.B * x.Hk, at::get_num_threads(), [&](auto next) {
     const int most = std::min<int64_t>(chunk, up(x.S, PANEL));
     auto keys = buffer<T>((int64_t)most * depth), key_panels = buffer<T>((int64_t)most * depth);
     auto value_panels = buffer<T>((int64_t)most * value_depth);
@@ -824,7 +367,6 @@ Problem problem_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
     x.masks.keep = keep->data_ptr<bool>();
     x.masks.batch = stride(0), x.masks.head = stride(1), x.masks.row = stride(2), x.masks.key = stride(3);
     x.masks.batches = keep->size(0), x.masks.heads = keep->size(1);
-    x.masks.summarise();
   }
   return x;
 }
@@ -862,6 +404,7 @@ at::Tensor like(const at::Tensor& q, int64_t width) {
 
 std::tuple<at::Tensor, at::Tensor> cpu_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, OPTIONS) {
   Problem x = problem_of(q, k, v, PASSED);
+  if (x.T > DECODE_ROWS) x.masks.summarise();
   auto out = like(q, x.Dv), divisors = at::empty({x.B, x.H, x.T}, q.options().dtype(at::kFloat));
   Rows to = rows_of(out);
   dispatch(x, q.scalar_type(), [&]<class U, class T, class F>(U, T, F) {
@@ -878,6 +421,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cpu_backward(const at
                                                                         const at::Tensor& out, const at::Tensor& divisors,
                                                                         bool wants_coefficients, OPTIONS) {
   Problem x = problem_of(q, k, v, PASSED);
+  x.masks.summarise();
   int chunks = chunks_of_keys(x);
   auto floats = q.options().dtype(at::kFloat);
   auto dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
@@ -892,6 +436,69 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cpu_backward(const at
   return {dq, dk, dv, wants_coefficients ? dc.sum({0, 1}).to(at::kFloat) : at::empty({0}, floats)};
 }
 
+// One row against all keys, without gradients: [B, H, 1, Dv]. The numbers of heads come as the model holds them, of any
+// floating type: alpha, beta and gain [H], coefficients [H, p + 1], beside which `degree` is not read.
+#define STEP_OPTIONS                                                                                                   \
+  const std::optional<at::Tensor>&coefficients, const std::optional<at::Tensor>&alpha,                                 \
+      const std::optional<at::Tensor>&beta, const std::optional<at::Tensor>&gain, int64_t degree,                      \
+      int64_t normalization, double constant, double scaling, int64_t window, const std::optional<at::Tensor>&keep
+
+std::vector<float> numbers(const std::optional<at::Tensor>& t, int64_t heads, const char* name) {
+  std::vector<float> out;
+  if (!t) return out;
+  TORCH_CHECK_VALUE(t->dim() >= 1 && t->dim() <= 2 && t->size(0) == heads, name, " must have ", heads, " rows, got ", t->sizes());
+  const int64_t width = t->dim() == 2 ? t->size(1) : 1, row = t->stride(0), step = t->dim() == 2 ? t->stride(1) : 0;
+  out.reserve(heads * width);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t->scalar_type(), "cpu_step", [&] {
+    const scalar_t* data = t->const_data_ptr<scalar_t>();
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t k = 0; k < width; k++) out.push_back((float)data[h * row + k * step]);
+  });
+  return out;
+}
+
+at::Tensor cpu_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, STEP_OPTIONS) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "expected query [B, H, 1, D], key [B, Hk, S, D], value [B, Hk, S, Dv]; got query ",
+                    q.sizes(), ", key ", k.sizes(), ", value ", v.sizes());
+  TORCH_CHECK_VALUE(q.size(2) == 1, "a step has one row, got ", q.size(2));
+  TORCH_CHECK_VALUE(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) && q.size(0) == k.size(0) && q.size(3) == k.size(3),
+                    "batch, key length, key heads and head_dim must agree; got query ", q.sizes(), ", key ", k.sizes(), ", value ", v.sizes());
+  TORCH_CHECK_VALUE(k.size(1) && q.size(1) % k.size(1) == 0, "the number of query heads must be a multiple of the key heads; got query ",
+                    q.sizes(), ", key ", k.sizes());
+  TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "query, key and value must have one dtype");
+  const int64_t heads = q.size(1);
+  std::optional<at::Tensor> whole = keep;
+  if (keep) {
+    TORCH_CHECK_VALUE(keep->scalar_type() == at::kBool && keep->dim() <= 4, "keep must be bool, of four dimensions at most");
+    while (whole->dim() < 4) whole = whole->unsqueeze(0);
+    const int64_t full[] = {q.size(0), heads, 1, k.size(2)};
+    for (int i = 0; i < 4; i++)
+      TORCH_CHECK_VALUE(whole->size(i) == 1 || whole->size(i) == full[i], "keep ", keep->sizes(), " does not broadcast to [B, H, 1, S] = ", at::IntArrayRef(full));
+  }
+  auto rows = [](const at::Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); };
+  const at::Tensor query = rows(q), key = rows(k), value = rows(v);
+  const auto c = numbers(coefficients, heads, "coefficients"), a = numbers(alpha, heads, "alpha");
+  const auto b = numbers(beta, heads, "beta"), g = numbers(gain, heads, "gain");
+  Problem x = problem_of(query, key, value, std::nullopt, std::nullopt, coefficients ? coefficients->size(-1) - 1 : degree, normalization,
+                         constant, scaling, false, window, std::nullopt, whole);
+  auto there = [](const std::vector<float>& numbers) { return numbers.empty() ? nullptr : numbers.data(); };
+  x.coefficients = there(c), x.alpha = there(a), x.beta = there(b), x.gain = there(g);
+  auto out = at::empty({x.B, x.H, 1, x.Dv}, q.options());
+  dispatch(x, q.scalar_type(), [&]<class U, class T, class F>(U, T, F) { decode<U, F>(x, rows_of(out), nullptr); });
+  return out;
+}
+
+// A result without a derivative must not be taken for one with.
+at::Tensor cpu_step_without_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, STEP_OPTIONS) {
+  const std::optional<at::Tensor> given[] = {q, k, v, coefficients, alpha, beta, gain};
+  for (const auto& t : given)
+    TORCH_CHECK(!t || !((at::GradMode::is_enabled() && t->requires_grad()) || t->_fw_grad(0).defined()),
+                "a step of the compiled form has no derivative: call polynomial_attention");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("hf_polyattn::cpu_step", "").typed<decltype(cpu_step)>();
+  return op.call(q, k, v, coefficients, alpha, beta, gain, degree, normalization, constant, scaling, window, keep);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(hf_polyattn, m) {
@@ -901,9 +508,14 @@ TORCH_LIBRARY_FRAGMENT(hf_polyattn, m) {
   m.def((std::string("cpu_forward(Tensor q, Tensor k, Tensor v, ") + options + ") -> (Tensor, Tensor)").c_str());
   m.def((std::string("cpu_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor divisors, "
                      "bool wants_coefficients, ") + options + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def("cpu_step(Tensor q, Tensor k, Tensor v, Tensor? coefficients, Tensor? alpha, Tensor? beta, Tensor? gain, int degree, "
+        "int normalization, float constant, float scaling, int window, Tensor? keep) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(hf_polyattn, CPU, m) {
   m.impl("cpu_forward", &cpu_forward);
   m.impl("cpu_backward", &cpu_backward);
+  m.impl("cpu_step", &cpu_step);
 }
+
+TORCH_LIBRARY_IMPL(hf_polyattn, Autograd, m) { m.impl("cpu_step", &cpu_step_without_gradients); }

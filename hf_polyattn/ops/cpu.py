@@ -1,4 +1,4 @@
-"""The compiled CPU form: `cpu.cpp`, built on first use, kept on disk, and called through torch's custom operators.
+"""The compiled CPU form: `cpu.cpp` and its headers, built on first use, kept on disk, called as torch operators.
 
 `HF_POLYATTN_CPU=0` switches it off; the name of an instruction set (`portable`, `avx2`, `avx512`, `avx512_bf16`)
 forces that build. Builds are kept in `HF_POLYATTN_CACHE`, by default `~/.cache/hf_polyattn`.
@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from .tiled import ONCE
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = [SOURCE.with_name(name) for name in ("cpu.h", "cpu_decode.h")]
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 INSTRUCTION_SETS = {
@@ -28,7 +30,7 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"],
 }
-NORMALIZATIONS = {"sqrt_length": 0, "length": 1, "sum": 2, "l1": 3, "l2": 4}
+NORMALIZATIONS: dict[str | float, int] = {"sqrt_length": 0, "length": 1, "sum": 2, "l1": 3, "l2": 4}
 CONSTANT = 5
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_DEGREE = 16
@@ -63,6 +65,17 @@ def is_loaded() -> bool:
     return _build is not None and _build.problem is None
 
 
+_step: Callable[..., torch.Tensor] | None = None
+
+
+def step() -> Callable[..., torch.Tensor] | None:
+    """The operator of `one_row.attend_row`; None where there is no compiled form."""
+    global _step
+    if _step is None and build().problem is None:
+        _step = torch.ops.hf_polyattn.cpu_step.default
+    return _step
+
+
 def instruction_set() -> str:
     """The widest one of this processor that the kernel knows."""
     has = torch.cpu.get_capabilities()
@@ -95,7 +108,8 @@ def _load() -> Build:
 
 def _library(name: str) -> Path:
     """Where the build for this source, torch and instruction set lies."""
-    key = "\0".join([SOURCE.read_text(), torch.__version__, *FLAGS, *INSTRUCTION_SETS[name], platform.machine()])
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    key = "\0".join([*sources, torch.__version__, *FLAGS, *INSTRUCTION_SETS[name], platform.machine()])
     cache = Path(os.environ.get("HF_POLYATTN_CACHE") or Path.home() / ".cache" / "hf_polyattn")
     return cache / f"cpu_{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
@@ -180,6 +194,10 @@ def _register() -> None:
         if query.stride(1) < query.stride(2):
             out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
         return out, query.new_empty(batch, heads, rows, dtype=torch.float32)
+
+    @library.register_fake("hf_polyattn::cpu_step")
+    def step_shape(query: Any, key: Any, value: Any, *options: Any) -> torch.Tensor:
+        return query.new_empty(*query.shape[:3], value.shape[-1])
 
     @library.register_fake("hf_polyattn::cpu_backward")
     def backward_shapes(
