@@ -52,7 +52,8 @@ def polyattn_attention(
             where one is needed.
         OverflowError: when float16 cannot hold the output; names the layer.
     """
-    _refuse(module, attention_mask, kwargs)
+    state = _state_of(module)
+    _refuse(kwargs)
     layer = None
     if isinstance(key, KeysWithPast):
         layer, key = key.layer, key.plain
@@ -61,7 +62,8 @@ def polyattn_attention(
     queries, keys = query.shape[2], key.shape[2]
     keep, bias, causal = None, position_bias, False
     if attention_mask is not None:
-        keep, extra = split_mask(attention_mask[..., :keys])
+        # in most calls it is as wide as the keys, and cutting it costs as much as all else that is decided here
+        keep, extra = split_mask(attention_mask if attention_mask.shape[-1] == keys else attention_mask[..., :keys])
         if extra is not None:
             bias = extra if bias is None else bias + extra
         # the mask already holds the window
@@ -75,7 +77,6 @@ def polyattn_attention(
                 f"no mask came with {queries} queries against {keys} keys of causal {type(module).__name__}: the "
                 "positions of the queries cannot be told. Call the model, not its layers, or pass a 4-D attention mask"
             )
-    state = getattr(module, NAME)
     compute: Any = softmax_attention if state is None else state
     if layer is not None:
         compute = functools.partial(layer.attend, state)
@@ -91,19 +92,25 @@ def polyattn_attention(
             dropout=dropout,
             softcap=softcap,
             sliding_window=sliding_window,
-            return_weights=bool(kwargs.get("output_attentions")) or getattr(module, RETURN_WEIGHTS, False),
+            # not getattr: a module takes as long as a short step to say that there is no such attribute
+            return_weights=bool(kwargs.get("output_attentions")) or module.__dict__.get(RETURN_WEIGHTS, False),
         )
     except OverflowError as error:
         raise OverflowError(f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}: {error}") from None
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _refuse(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-    if not hasattr(module, NAME):
+def _state_of(module: nn.Module) -> Any:
+    try:
+        return getattr(module, NAME)
+    except AttributeError:
         raise ValueError(
             f"{type(module).__name__} was asked for {NAME!r} attention but never patched: call patch_model "
             "on a stock model, or load a polynomial checkpoint through its Auto class"
-        )
+        ) from None
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(

@@ -12,7 +12,10 @@ from .activations import check_activation, default_start, frobenius_gain, start_
 from .config import PolyAttentionConfig
 from .ops import NORMALIZED, attend, rms_normalize
 from .ops.masks import build_keep
+from .ops.one_row import attend_row
 from .ops.recurrent import Past, absorb, new_past
+
+_NAMES = {"alpha", "beta", "gain"}
 
 
 class PolyAttentionState(nn.Module):
@@ -53,6 +56,9 @@ class PolyAttentionState(nn.Module):
         self.spread = spread
         # calibration puts a function of the same signature as `_attend` here while it measures
         self.observer: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None
+        # see `_attend_row`: the config that the plan was made for, and what it says
+        self._row_config: PolyAttentionConfig | None = None
+        self._row_plan = (False, False, False)
         heads = num_heads if chosen is None else len(chosen)
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device} if like is not None else {}
         for name, learned in (
@@ -188,6 +194,12 @@ class PolyAttentionState(nn.Module):
 
         past: keys before these, summed up; takes these in. For modules without softmax heads.
         """
+        special = dropout or return_weights or bias is not None or softcap is not None or past is not None
+        plain = self.observer is self.chosen is None and not torch.compiler.is_compiling()
+        if query.shape[2] == 1 and plain and not special:
+            row = self._attend_row(query, key, value, keep, scaling, sliding_window)
+            if row is not None:
+                return row, None
         masking: dict[str, Any] = {
             "keep": keep,
             "bias": bias,
@@ -242,6 +254,42 @@ class PolyAttentionState(nn.Module):
             **options,
         )
         return out if isinstance(out, tuple) else (out, None)
+
+    def _attend_row(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keep: torch.Tensor | None,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor | None:
+        """A decoding step as `_attend` computes it, without what that has to decide; None where it must decide."""
+        config = self.config
+        if self._row_config is not config:
+            # read once: these properties take longer than a short step
+            able = self.activation.is_polynomial and not config.qk_norm and config.backend in ("auto", "cpu")
+            self._row_plan = (able, self.has_coefficients, not self.is_plain_power)
+            self._row_config = config
+        able, has_coefficients, has_shift = self._row_plan
+        # not as attributes, each of which takes a module half a microsecond to find
+        tensors = self._buffers | self._parameters
+        if not able or not tensors.keys() >= _NAMES:
+            return None
+        return attend_row(
+            query,
+            key,
+            value,
+            degree=config.degree,
+            coefficients=tensors["coefficients"] if has_coefficients else None,
+            alpha=tensors["alpha"],
+            beta=tensors["beta"] if has_shift else None,
+            gain=tensors["gain"],
+            normalization=config.normalization,
+            scaling=scaling,
+            keep=keep,
+            sliding_window=sliding_window,
+        )
 
     @property
     def has_all_powers(self) -> bool:

@@ -75,3 +75,14 @@ def test_inductor_gives_equal_values():
     with torch.no_grad():
         out, expected = (m(**inputs, use_cache=False)[0] for m in (compiled, model))
     assert torch.allclose(out, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_compiled_decoding_step_has_no_graph_breaks_and_equal_values():
+    model = patched_tiny("gpt2", AutoModelForCausalLM, double=False, **ONE_LAYER["gpt2"])
+    ids = batch_for(model)["input_ids"]
+    with torch.no_grad():
+        caches = [model(ids, use_cache=True).past_key_values for _ in range(2)]
+        expected = model(ids[:, :1], past_key_values=caches[0]).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        out = compiled(ids[:, :1], past_key_values=caches[1]).logits
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ from .fused import fused_attention
 from .masks import Masking, build_keep
 from .naive import naive_attention
 from .normalization import NORMALIZED as NORMALIZED
+from .one_row import attend_row
 from .precision import compute_dtype, no_autocast, to_dtype
 from .recurrent import Past, recurrent_attention
 from .tiled import tiled_attention
@@ -140,6 +141,26 @@ def attend(
 
     past: keys before these, summed up; takes these in. Always computed by the recurrent form.
     """
+    # what makes the compiled form the choice of any one row, and no word on how it is computed
+    special = qk_norm or dropout or return_weights or key_lengths is not None or bias is not None
+    if not special and phi is past is softcap is None and backend in ("auto", "cpu"):
+        alpha, beta = (None, None) if affine is None else affine
+        row = attend_row(
+            query,
+            key,
+            value,
+            degree=degree or 0,
+            coefficients=coefficients,
+            alpha=alpha,
+            beta=beta,
+            gain=gain,
+            normalization=normalization,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            keep=keep,
+            sliding_window=sliding_window,
+        )
+        if row is not None:
+            return row
     check_shapes(query, key, value, keep, key_lengths, bias)
     check_options(normalization, dropout, softcap, sliding_window)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
