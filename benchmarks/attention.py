@@ -2,17 +2,20 @@
 
     python benchmarks/attention.py
     python benchmarks/attention.py --passes forward --dtypes float32 --lengths 512 2048 --seconds 2
+    python benchmarks/attention.py --passes decode --batches 1 8 --threads 1
 
 The candidates of a cell run interleaved in one process, because timings on a shared machine drift: quote the ratio
 column, the median of softmax's times over the median of the candidate's. Each candidate is compared with the
-definition in float64 before it is timed. All of them get the same tensors, laid out as Transformers passes them
-([B, T, H, D] in memory, seen as [B, H, T, D]). Writes a csv, a table of ratios (.md) and a figure (.png).
+definition in float64 before it is timed. All of them get the same tensors, laid out as Transformers passes them; see
+hf_polyattn/timing.py. Training passes beyond 4,096 tokens are left out. Writes a csv, a table of ratios (.md) and a
+figure (.png); cells that the csv has from earlier runs stay, and those measured anew take the place of the old.
 """
 
 import argparse
 import csv
 import datetime
 import itertools
+import os
 import platform
 import sys
 from pathlib import Path
@@ -23,7 +26,11 @@ from tqdm import tqdm
 
 import hf_polyattn
 from hf_polyattn.ops.cpu import build
-from hf_polyattn.timing import BASELINE, MASKS, PASSES, PHIS, Cell, Timing, measure
+from hf_polyattn.timing import BASELINE, MASKS, PASSES, PHIS, TOKENS, TRANSPOSED, Cell, Timing, measure
+
+LONGEST_TRAINING = 4096
+WHERE = ("pass", "dtype", "mask", "head_dim", "length", "batch", "threads", "device")
+"""What a cell is known by."""
 
 
 def row_of(timing: Timing) -> dict[str, object]:
@@ -37,7 +44,44 @@ def row_of(timing: Timing) -> dict[str, object]:
         "ratio_to_sdpa": round(timing.ratio, 3),
         "relative_error": f"{timing.relative_error:.2g}",
         "rounds": timing.rounds,
+        "batch": cell.sequences,
+        # processes that wanted to run in the last minute, this one included
+        "load": round(os.getloadavg()[0], 1),
     }
+
+
+def merge(path: Path, new: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows of an earlier csv and the new ones, which replace those of their cells; in the order of both."""
+    old: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                numbers = {name: int(row[name]) for name in ("head_dim", "length", "rounds", "threads")}
+                # csv files from before the column: the rule of that time
+                numbers["batch"] = int(row.get("batch") or max(1, TOKENS // numbers["length"]))
+                old.append({**row, **numbers, "ratio_to_sdpa": float(row["ratio_to_sdpa"])})
+    measured = {tuple(row[name] for name in WHERE) for row in new}
+    rows = [row for row in old if tuple(row[name] for name in WHERE) not in measured] + new
+    order: list[object] = [*PASSES, TRANSPOSED, "float32", "bfloat16", "float16", *MASKS]
+
+    def place(row: dict[str, object]) -> tuple[int, ...]:
+        kind = (order.index(row[name]) for name in ("pass", "dtype", "mask"))
+        threads, head_dim, batch, length = (int(str(row[x])) for x in ("threads", "head_dim", "batch", "length"))
+        return (*kind, -threads, head_dim, batch if is_special(row) else 0, length)
+
+    return sorted(rows, key=place)
+
+
+def is_special(row: dict[str, object]) -> bool:
+    """Whether a row has another batch than the usual one."""
+    return row["batch"] != max(1, TOKENS // int(str(row["length"])))
+
+
+def label(row: dict[str, object], threads: object) -> str:
+    """The pass, and what is unusual about the cell."""
+    notes = [f"batch {row['batch']}"] if is_special(row) else []
+    notes += [f"threads {row['threads']}"] if row["threads"] != threads else []
+    return f"{row['pass']}{' (' + ', '.join(notes) + ')' if notes else ''}"
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -48,8 +92,9 @@ def table(rows: list[dict[str, object]]) -> str:
         "|---|---|---|---|---|" + "---|" * len(names),
     ]
     cells: dict[tuple[object, ...], dict[object, object]] = {}
+    usual = rows[0]["threads"]
     for row in rows:
-        where = tuple(row[key] for key in ("pass", "dtype", "mask", "head_dim", "length"))
+        where = (label(row, usual), *(row[key] for key in ("dtype", "mask", "head_dim", "length")))
         cells.setdefault(where, {})[row["candidate"]] = row["ratio_to_sdpa"]
     for where, ratios in cells.items():
         shown = (f"{ratios[name]:.2f}" if name in ratios else "" for name in names)
@@ -65,8 +110,10 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     mask = str(rows[0]["mask"])
-    head_dim = rows[0]["head_dim"]
+    head_dim = 64 if any(row["head_dim"] == 64 for row in rows) else rows[0]["head_dim"]
+    usual = rows[0]["threads"]
     rows = [row for row in rows if (row["mask"], row["head_dim"]) == (mask, head_dim)]
+    rows = [row for row in rows if row["threads"] == usual and not is_special(row)]
     panels = list(dict.fromkeys((row["pass"], row["dtype"]) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows if row["candidate"] != BASELINE))
     columns = min(3, len(panels))
@@ -100,11 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--passes", nargs="+", choices=[*PASSES, TRANSPOSED], default=list(PASSES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--head_dims", nargs="+", type=int, default=[64])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 1024, 2048, 4096])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--batches", nargs="+", type=int, help="default: so many that 1,024 tokens come at a time")
     parser.add_argument("--phis", nargs="+", choices=PHIS, default=list(PHIS))
     parser.add_argument("--forms", nargs="+", default=["tiled", "fused"] if on_gpu else ["cpu", "tiled"])
     parser.add_argument("--seconds", type=float, default=3.0, help="for the rounds of one cell")
@@ -124,18 +172,20 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]).split(" --out")[0],
     }
-    cells = [
-        Cell(*values, args.device)
-        for values in itertools.product(args.passes, args.dtypes, args.masks, args.head_dims, args.lengths)
-    ]
-    rows = []
+    words = (args.passes, args.dtypes, args.masks, args.head_dims, args.lengths, [args.device], args.batches or [None])
+    cells = [Cell(*values) for values in itertools.product(*words)]
+    cells = [cell for cell in cells if cell.pass_ != "forward+backward" or cell.length <= LONGEST_TRAINING]
+    rows: list[dict[str, object]] = []
     for cell in tqdm(cells, desc="cells"):
-        rows += map(row_of, measure(cell, args.phis, args.forms, args.seconds, tqdm.write))
+        found = measure(cell, args.phis, args.forms, args.seconds, tqdm.write)
+        rows += [{**row_of(timing), **environment} for timing in found]
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    names = list(rows[0])
+    rows = merge(args.out, rows)
     with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *environment])
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows({**row, **environment} for row in rows)
+        writer.writerows(rows)
     args.out.with_suffix(".md").write_text(table(rows) + "\n")
     draw(rows, args.out.with_suffix(".png"), f"Attention on {where}, {args.threads} threads")
     print(table(rows))

@@ -2,7 +2,8 @@
 
 The candidates of a cell run interleaved, because timings on a shared machine drift: quote the ratio, the median of
 softmax's times over the median of the candidate's. All of them get the same tensors, laid out as Transformers passes
-them ([B, T, H, D] in memory, seen as [B, H, T, D]).
+them: [B, T, H, D] in memory, seen as [B, H, T, D], but for the keys and values of a decoding step, which a
+DynamicCache holds as [B, H, S, D].
 """
 
 import itertools
@@ -10,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,10 @@ HEADS = 12
 TOKENS = 1024
 """Of a batch: sequences of N tokens come TOKENS / N at a time, one at least."""
 PASSES = ("forward", "forward+backward", "decode")
-MASKS = ("causal", "full", "padded")
+TRANSPOSED = "decode transposed"
+"""A pass more: a decoding step against keys and values that lie as [B, S, H, D], unlike in a DynamicCache."""
+MASKS = ("causal", "full", "padded", "lengths")
+"""padded: a quarter of the keys, on the left. lengths: key lengths from S / 2 to S over the batch, S alone at most."""
 DTYPES = ("float32", "bfloat16", "float16")
 PHIS: dict[str, dict[str, Any]] = {
     "s^2": {"degree": 2},
@@ -30,11 +34,18 @@ PHIS: dict[str, dict[str, Any]] = {
     "coefficients": {"coefficients": (0.5, 0.5, 0.5, 1 / 6)},
 }
 BASELINE = "softmax sdpa"
+CHECKED_ROWS = 512
+"""Of the queries of a sequence at most, the last ones, are compared with the definition: it takes quadratic memory."""
+EAGER_BYTES = 2**31
+"""Of the scores, up to which eager softmax is tried."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is timed: one of PASSES, DTYPES and MASKS; head dimension and number of keys."""
+    """What is timed: one of PASSES (or TRANSPOSED), DTYPES and MASKS; head dimension, number of keys, sequences.
+
+    batch: None for TOKENS / N, one at least.
+    """
 
     pass_: str
     dtype: str
@@ -42,13 +53,22 @@ class Cell:
     head_dim: int
     length: int
     device: str
+    batch: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.pass_}, {self.dtype}, {self.mask}, d={self.head_dim}, N={self.length}"
+        return f"{self.pass_}, {self.dtype}, {self.mask}, d={self.head_dim}, N={self.length}, B={self.sequences}"
+
+    @property
+    def is_step(self) -> bool:
+        return self.pass_ in ("decode", TRANSPOSED)
 
     @property
     def queries(self) -> int:
-        return 1 if self.pass_ == "decode" else self.length
+        return 1 if self.is_step else self.length
+
+    @property
+    def sequences(self) -> int:
+        return self.batch or max(1, TOKENS // self.length)
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -93,6 +113,8 @@ def polynomial(cell: Cell, keep: torch.Tensor | None, phi: str, form: str) -> At
         "keep": keep,
         "backend": form,
     }
+    if keep is not None and cell.mask == "lengths":
+        options |= {"keep": None, "key_lengths": keep[:, 0, 0].sum(-1)}
     return lambda q, k, v: polynomial_attention(q, k, v, **options)  # type: ignore[return-value]
 
 
@@ -100,7 +122,9 @@ def candidates(
     cell: Cell, keep: torch.Tensor | None, phis: Sequence[str], forms: Sequence[str]
 ) -> dict[str, Attention]:
     """Name -> attention, the baseline first."""
-    found = {BASELINE: sdpa(cell, keep), "softmax eager": eager(cell, keep)}
+    found = {BASELINE: sdpa(cell, keep)}
+    if 4 * cell.sequences * HEADS * cell.queries * cell.length <= EAGER_BYTES:
+        found["softmax eager"] = eager(cell, keep)
     if cell.device == "cuda":
         backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
         found |= {f"softmax {name}": sdpa(cell, keep, backend) for name, backend in backends.items()}
@@ -110,17 +134,21 @@ def candidates(
 
 
 def tensors(cell: Cell) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """q, k, v, and the keep mask of the padded cells: a quarter of the keys, on the left, is padding."""
+    """q, k, v, and the keep mask of the padded cells."""
     torch.manual_seed(0)
-    batch, dtype = max(1, TOKENS // cell.length), getattr(torch, cell.dtype)
+    batch, dtype = cell.sequences, getattr(torch, cell.dtype)
     qkv = []
     for rows in (cell.queries, cell.length, cell.length):
-        x = torch.randn(batch, rows, HEADS, cell.head_dim, dtype=dtype, device=cell.device)
-        qkv.append(x.transpose(1, 2).requires_grad_(cell.pass_ == "forward+backward"))
+        x = torch.randn(batch, rows, HEADS, cell.head_dim, dtype=dtype, device=cell.device).transpose(1, 2)
+        x = x.contiguous() if cell.pass_ == "decode" else x
+        qkv.append(x.requires_grad_(cell.pass_ == "forward+backward"))
     keep = None
+    columns = torch.arange(cell.length, device=cell.device)
     if cell.mask == "padded":
-        keep = torch.arange(cell.length, device=cell.device) >= cell.length // 4
-        keep = keep.expand(batch, 1, cell.queries, cell.length)
+        keep = (columns >= cell.length // 4).expand(batch, 1, cell.queries, cell.length)
+    elif cell.mask == "lengths":
+        lengths = cell.length - torch.arange(batch, device=cell.device) * cell.length // (2 * batch)
+        keep = (columns < lengths.view(-1, 1, 1, 1)).expand(batch, 1, cell.queries, cell.length)
     return qkv, keep
 
 
@@ -141,15 +169,25 @@ def step_of(cell: Cell, attention: Attention, qkv: list[torch.Tensor]) -> Callab
 def relative_error(
     cell: Cell, name: str, out: torch.Tensor, qkv: list[torch.Tensor], keep: torch.Tensor | None
 ) -> float:
-    """Against the definition in float64, on the first sequence and two heads."""
-    q, k, v = (x.detach()[:1, :2].double() for x in qkv)
-    keep = None if keep is None else keep[:1]
+    """Against the definition in float64, on the last sequence, two heads and the last CHECKED_ROWS rows."""
+    first = max(0, cell.queries - CHECKED_ROWS)
+    q, k, v = (x.detach()[-1:, :2].double() for x in qkv)
+    q = q[:, :, first:]
+    if keep is not None:
+        seen = keep[-1:, :, first:]
+    else:
+        rows = torch.arange(first, cell.queries, device=cell.device)[:, None] + cell.length - cell.queries
+        last = rows if cell.mask == "causal" else torch.full_like(rows, cell.length - 1)
+        seen = (torch.arange(cell.length, device=cell.device) <= last)[None, None]
     phi = name.rsplit(" ", 1)[0]
-    exact = polynomial(cell, keep, phi, "naive") if phi in PHIS else sdpa(cell, keep)
-    expected = exact(q, k, v)
-    rows = slice(None) if keep is None else keep[0, 0].any(-1)  # softmax is free in rows that see nothing
-    got = out[:1, :2].double()
-    return ((got - expected)[..., rows, :].norm() / expected[..., rows, :].norm()).item()
+    if phi in PHIS:
+        out_of = polynomial_attention(q, k, v, **PHIS[phi], normalization="length", keep=seen, backend="naive")
+        expected = cast(torch.Tensor, out_of)
+    else:
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    free = ~seen[0, 0].any(-1)  # what softmax gives to rows that see nothing is its own affair
+    got = out[-1:, :2, first:].double()
+    return ((got - expected)[..., ~free, :].norm() / expected[..., ~free, :].norm()).item()
 
 
 @dataclass(frozen=True)

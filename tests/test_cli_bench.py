@@ -162,3 +162,36 @@ def test_the_benchmark_writes_rows_of_the_same_timings(tmp_path, monkeypatch, ca
     assert "| decode | float32 | causal | 4 | 8 |" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 1000
     assert issubclass(WrongResultError, RuntimeError)
+
+
+def test_a_second_run_keeps_the_cells_that_it_does_not_measure(tmp_path, monkeypatch):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "attention.py"
+    spec = importlib.util.spec_from_file_location("benchmark_attention", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = tmp_path / "attention.csv"
+    words = ["--passes", "decode", "--dtypes", "float32", "--masks", "full", "--seconds", "0", "--phis", "s^3"]
+    words += ["--forms", "tiled", "--head_dims", "4", "--device", "cpu", "--threads", "1"]
+    for more in (["--lengths", "8", "16"], ["--lengths", "16", "--batches", "1", "3"], ["--lengths", "8"]):
+        monkeypatch.setattr("sys.argv", ["benchmarks/attention.py", *words, *more, "--out", str(out)])
+        module.main()
+    header, *rows = (line.split(",") for line in out.read_text().splitlines())
+    cells = [(row[header.index("length")], row[header.index("batch")]) for row in rows]
+    # of 16 tokens there is one sequence by default
+    assert cells == [(n, b) for n, b in (("8", "2"), ("16", "1"), ("16", "3")) for _ in range(3)]
+    last = header.index("command")
+    assert [row[last].split("--lengths ")[1] for row in rows[::3]] == ["8", "16 --batches 1 3", "16 --batches 1 3"]
+    table = out.with_suffix(".md").read_text()
+    assert "| decode | float32 | full | 4 | 8 |" in table
+    assert "| decode (batch 3) | float32 | full | 4 | 16 |" in table
+
+
+def test_steps_are_timed_against_a_cache_as_transformers_holds_it():
+    cell = Cell("decode", "float32", "full", 4, 12, "cpu", 3)
+    (q, k, v), _ = tensors(cell)
+    assert (q.shape, k.shape) == ((3, 2, 1, 4), (3, 2, 12, 4))
+    assert k.is_contiguous()
+    assert v.is_contiguous()
+    (_, k, _), _ = tensors(Cell(timing.TRANSPOSED, "float32", "full", 4, 12, "cpu", 3))
+    assert k.shape == (3, 2, 12, 4)
+    assert k.transpose(1, 2).is_contiguous()
