@@ -81,6 +81,15 @@ def polynomial_attention(
         OverflowError: when a float16 output leaves float16's range (outside torch.compile).
         RuntimeError: when a gradient of any form but "naive" is differentiated again.
     """
+    # a power alone, one row: below a hundred keys these checks take longer than the step, whose own are in C++
+    bare = coefficients is bias is key_lengths is softcap is None and not (qk_norm or dropout or return_weights)
+    unscaled = type(gain) is type(alpha) is type(beta) is float and (gain, alpha, beta) == (1, 1, 0)
+    if bare and unscaled and type(degree) is int and normalization != "sum" and backend in ("auto", "cpu"):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        options: dict[str, Any] = {"keep": keep, "sliding_window": sliding_window}
+        row = attend_row(query, key, value, degree=degree, normalization=normalization, scaling=scale, **options)
+        if row is not None:
+            return row
     check_shapes(query, key, value, keep, key_lengths, bias)
     heads = query.shape[1]
     if coefficients is not None:
