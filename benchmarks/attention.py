@@ -113,8 +113,8 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     head_dim = 64 if any(row["head_dim"] == 64 for row in rows) else rows[0]["head_dim"]
     usual = rows[0]["threads"]
     rows = [row for row in rows if (row["mask"], row["head_dim"]) == (mask, head_dim)]
-    rows = [row for row in rows if row["threads"] == usual and not is_special(row)]
-    panels = list(dict.fromkeys((row["pass"], row["dtype"]) for row in rows))
+    rows = [{**row, "panel": label(row, usual)} for row in rows if not is_special(row)]
+    panels = list(dict.fromkeys((row["panel"], row["dtype"]) for row in rows))
     names = list(dict.fromkeys(row["candidate"] for row in rows if row["candidate"] != BASELINE))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -124,11 +124,13 @@ def draw(rows: list[dict[str, object]], path: Path, title: str) -> None:
     for (pass_, dtype), panel in zip(panels, axes.flat, strict=False):
         panel.axhline(1, color="gray", linewidth=1, linestyle="--")
         for name in names:
-            points = [row for row in rows if (row["pass"], row["dtype"], row["candidate"]) == (pass_, dtype, name)]
+            points = [row for row in rows if (row["panel"], row["dtype"], row["candidate"]) == (pass_, dtype, name)]
             panel.plot(
                 [p["length"] for p in points], [p["ratio_to_sdpa"] for p in points], "o-", markersize=3, label=name
             )
         panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title(f"{pass_}, {dtype}", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(axes.flat)[len(panels) :]:
@@ -187,7 +189,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     args.out.with_suffix(".md").write_text(table(rows) + "\n")
-    draw(rows, args.out.with_suffix(".png"), f"Attention on {where}, {args.threads} threads")
+    draw(rows, args.out.with_suffix(".png"), f"Attention on {where}, {rows[0]['threads']} threads")
     print(table(rows))
 
 
