@@ -1,5 +1,6 @@
 """A conversion as one job: what its stages leave, how it goes on after a stop, and what it refuses."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 
 from hf_polyattn import coverage, patch_model
 from hf_polyattn.converting.sources import load_teacher
+from hf_polyattn.converting.tasks import TokenLoss
 from hf_polyattn.models import PolyModelMixin, states
 from hf_polyattn.training.tokenizers import SPECIAL_TOKENS, byte_tokenizer
 
@@ -151,7 +153,9 @@ def killed(teachers, text, out, monkeypatch, stage, stages=STAGES):
             die()
 
     monkeypatch.setattr(steps.Steps, "take", take)
-    code = in_fork(lambda: run(teachers(), text, out, *stages))
+    # made here: in the fork it would be another folder than that of the runs that follow
+    source = teachers()
+    code = in_fork(lambda: run(source, text, out, *stages))
     monkeypatch.setattr(steps.Steps, "take", original)
     assert code == -9
 
@@ -309,13 +313,21 @@ def test_a_stage_file_that_changed_is_another_conversion(teachers, text, tmp_pat
     stages = ("--stages", "calibrate", tmp_path / "tune.yaml")
     killed(teachers, text, tmp_path / "out", monkeypatch, "fine-tuning", stages=stages)
     (tmp_path / "tune.yaml").write_text("stage: finetune\nsteps: 4\nmax_grad_norm: 2\n")
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(plan: .*\)"):
         run(teachers(), text, tmp_path / "out", *stages)
 
 
-def test_the_twin_sees_as_many_tokens_whatever_the_patience(teachers, text, tmp_path):
+def test_the_twin_sees_as_many_tokens_whatever_the_patience(teachers, text, tmp_path, monkeypatch):
+    """Also where the student's score falls in each look and the twin's in none, so that patience would end it."""
+    looks = itertools.count()
+
+    def score(self, model):
+        return next(looks) * (-1.0 if isinstance(model, PolyModelMixin) else 1.0)
+
+    monkeypatch.setattr(TokenLoss, "score", score)
     tune = ("--finetune.steps", 6, "--finetune.eval_steps", 1, "--finetune.patience", 1)
     report = run(teachers(), text, tmp_path / "a", "--stages", "calibrate", "finetune", *tune, "--twin")
+    assert report.steps == report.tuned.steps == 6
     assert report.tuned.tokens == report.tokens
     with pytest.raises(ValueError, match="no stage trains on any"):
         run(teachers(), text, tmp_path / "b", "--stages", "calibrate", "--twin")
