@@ -1,0 +1,55 @@
+"""results.json of a conversion, as the recipes write it, so that a model card can be made of it."""
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_polyattn_arguments import AttentionArguments
+from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
+
+from ..training.devices import device_name, peak_mib
+from .report import ConversionReport
+
+PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
+
+
+def results_of(
+    args: ConversionArguments,
+    attention: AttentionArguments,
+    text: ConversionTextArguments,
+    report: ConversionReport,
+    student: PreTrainedModel,
+) -> dict[str, Any]:
+    """What results.json holds."""
+    key = "validation_loss" if report.metric == "loss" else report.metric
+    score = report.rows[-1].score
+    return {
+        key: score,
+        "best": score,
+        "best_metric": key,
+        "softmax": report.rows[0].score,
+        "recipe": "convert",
+        "steps": report.steps,
+        "seed": args.seed,
+        "attention": student.config.polyattn,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "peak_mib": peak_mib(),
+        "device": device_name(student.device),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": shlex.join(sys.argv),
+        "arguments": {**asdict(args), **_named(attention), **asdict(text)},
+        "plan": [[kind, asdict(settings)] for kind, settings in args.plan(())],
+        "stages": report.to_dict(),
+    }
+
+
+def _named(attention: AttentionArguments) -> dict[str, Any]:
+    return {name: value for name, value in asdict(attention).items() if value is not None}
