@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, DataCollator
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..evaluating import evaluating
+from ..positions import positions_of
 from ..training.metrics import Classification, Regression
 from .scores import Evaluation, Score
 
@@ -87,7 +88,7 @@ def measure_labels(
     else:
         names = rows.features[label_column]
         labels = class_indices(model, [names.int2str(x) for x in labels] if _has_names(names) else list(labels))
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
+    limit = max_length or positions_of(model)
     if model.config.pad_token_id is None:
         # GPT-2 and LLaMA look for the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..evaluating import evaluating
+from ..positions import positions_of
 from ..training.losses import IGNORE, token_losses
 from ..training.masking import masking_collator
 from .scores import Evaluation, Score
@@ -40,7 +41,7 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 def default_block_size(model: PreTrainedModel) -> int:
     """As many tokens as the model has positions for, MOST at most."""
-    return min(MOST, getattr(model.config, "max_position_embeddings", None) or MOST)
+    return min(MOST, positions_of(model) or MOST)
 
 
 def measure_text(
@@ -68,7 +69,7 @@ def measure_text(
             a stride that would leave tokens out, and when the loss is not a number.
     """
     causal = is_causal(model)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions and block_size > positions:
         raise ValueError(f"the model has {positions} positions: lower --block-size {block_size} to that")
     stride = block_size if stride is None else stride

@@ -19,6 +19,7 @@ from ..conversion import transfer_attention
 from ..initialization import start_scores
 from ..models import PolyModelMixin, read_settings
 from ..patching import coverage, patch_model, unpatch_model
+from ..positions import positions_of
 
 
 def build_model(
@@ -56,7 +57,7 @@ def build_model(
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: use the model's own tokenizer")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model)
     if block_size and positions and block_size > positions:
         raise ValueError(f"block_size {block_size} is more than the model's {positions} positions: lower it")
     return model
