@@ -21,7 +21,7 @@ from .evaluating import evaluating
 from .models import PolyModelMixin, states
 from .observing import real_tokens, run
 from .private.penalty import ScoreRangePenalty
-from .steps import StepCheckpoint, Steps, take, without_cache
+from .steps import DivergedError, StepCheckpoint, Steps, rounds, without_cache
 from .tables import format_table
 
 NEGLIGIBLE = 1e-3
@@ -96,7 +96,7 @@ def transfer_attention(
     Raises:
         ValueError: for models that do not fit together or share weights, too little data, nothing to train, or a
             teacher whose output is not finite (names the module).
-        RuntimeError: when training has not lowered the loss on the first batch and it is not negligible; the student
+        DivergedError: when training has not lowered the loss on the first batch and it is not negligible; the student
             keeps its trained weights.
     """
     if train not in get_args(Train):
@@ -104,7 +104,7 @@ def transfer_attention(
     if penalty is not None and penalty.model is not student:
         raise ValueError("the penalty is of another model: make it with score_range_penalty(student, bound)")
     pairs = _pairs(student, teacher)
-    total, taken = take(batches, steps)
+    total, taken = rounds(batches, steps)
     weights = list(_weights(student, pairs, train))
     learned = [p for state in states(student).values() for p in state.parameters()]
     last_polyattn = polyattn_learning_rate * final_learning_rate / learning_rate
@@ -132,7 +132,7 @@ def transfer_attention(
     names = tuple(pair.name for pair in pairs)
     report = TransferReport(names, reported, reported[0], after, stepping.tokens, stepping.seconds)
     if not trained.mean().item() < max(first, NEGLIGIBLE):
-        raise RuntimeError(
+        raise DivergedError(
             f"attention transfer has not lowered the loss: {first:.3g} on the first batch before, "
             f"{trained.mean():.3g} after {total} steps. Lower the learning rates, or give it more steps"
         )

@@ -16,7 +16,7 @@ from .conversion import refuse_shared
 from .evaluating import evaluating, training
 from .models import states
 from .observing import real_tokens
-from .steps import EarlyStop, StepCheckpoint, Steps, take, without_cache
+from .steps import DivergedError, EarlyStop, StepCheckpoint, Steps, rounds, without_cache
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def distill(
         the losses; print it.
     Raises:
         ValueError: for the same model twice, shared weights, no data, no labels, a teacher's logits that are not
-            finite or of another shape, or a loss or gradient that is not finite.
+            finite or of another shape.
+        DivergedError: for a loss or gradient that is not finite.
     """
     if not 0 <= cross_entropy <= 1:
         raise ValueError(f"cross_entropy is a share of the loss, from 0 to 1, got {cross_entropy}")
@@ -91,7 +92,7 @@ def distill(
         raise ValueError("no teacher: pass one, or cross_entropy=1 to train on labels alone")
     if teacher is not None:
         refuse_shared(student, teacher)
-    total, taken = take(batches, steps)
+    total, taken = rounds(batches, steps)
     groups = _distillation_groups(student, learning_rate, attention_learning_rate, polyattn_learning_rate)
     groups = [{**group, "last": final_ratio * group["first"]} for group in groups]
     stepping = Steps(
@@ -111,9 +112,10 @@ def distill(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(stepping.parameters, max_grad_norm or math.inf)
             if not torch.isfinite(loss + norm):
-                raise ValueError(
-                    f"{stepping.name}: loss {loss.item()}, gradient norm {norm.item()} in step {stepping.done + 1}; "
-                    "the student has the weights of the step before. Calibrate it first, or lower the learning rates"
+                raise DivergedError(
+                    f"{stepping.name}: not finite in step {stepping.done + 1}: loss {loss.item()}, gradient norm "
+                    f"{norm.item()}; the student has the weights of the step before. Calibrate it first, or lower the "
+                    "learning rates"
                 )
             stepping.take(loss)
     return DistillReport(stepping.losses, stepping.tokens, stepping.seconds, stepping.name)

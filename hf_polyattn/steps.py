@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from .observing import as_inputs, real_tokens
+from .patchable import base_model
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -43,6 +43,10 @@ class EarlyStop:
     score: Callable[[], float]
     every: int
     patience: int
+
+
+class DivergedError(RuntimeError):
+    """Training led nowhere: losses that are not finite, or no lower than before. Lower rates may help."""
 
 
 class Steps:
@@ -150,8 +154,8 @@ class Steps:
 
     def _save(self, file: Path) -> None:
         tensors = {"losses": self.losses, "random_state": torch.get_rng_state()}
-        if self.parameters[0].is_cuda:
-            tensors["cuda_random_state"] = torch.cuda.get_rng_state(self.parameters[0].device)
+        if (state := device_random_state(self.parameters[0].device)) is not None:
+            tensors[f"{self.parameters[0].device.type}_random_state"] = state
         for i, parameter in enumerate(self.parameters):
             tensors[f"{i}.parameter"] = parameter
             moments = self.optimizer.state.get(parameter, {})
@@ -189,13 +193,32 @@ class Steps:
         self._best_weights = [tensors[f"{i}.best"].to(self.parameters[i]) for i in range(count) if "0.best" in tensors]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         torch.set_rng_state(tensors["random_state"])
-        if "cuda_random_state" in tensors and self.parameters[0].is_cuda:
-            torch.cuda.set_rng_state(tensors["cuda_random_state"], self.parameters[0].device)
+        device = self.parameters[0].device
+        if (state := tensors.get(f"{device.type}_random_state")) is not None:
+            set_device_random_state(device, state)
 
     def _shape(self) -> str:
         """What must be equal for steps to go on: how many there are, their rates, and what they train."""
         rates = [(group["first"], group["last"]) for group in self.optimizer.param_groups]
         return json.dumps([self.total, self.warmup_steps, rates, [list(p.shape) for p in self.parameters]])
+
+
+def device_random_state(device: torch.device) -> torch.Tensor | None:
+    """What dropout on an accelerator is drawn from; None on the CPU, whose generator is the global one."""
+    if device.type == "cpu":
+        return None
+    source = torch.get_device_module(device)
+    # MPS has one device and takes no argument for it
+    return source.get_rng_state() if device.type == "mps" else source.get_rng_state(device)
+
+
+def set_device_random_state(device: torch.device, state: torch.Tensor) -> None:
+    """Inverse of `device_random_state`."""
+    source = torch.get_device_module(device)
+    if device.type == "mps":
+        source.set_rng_state(state)
+    else:
+        source.set_rng_state(state, device)
 
 
 def cosine(first: float, last: float, step: int, total: int) -> float:
@@ -207,7 +230,7 @@ def cosine(first: float, last: float, step: int, total: int) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / max(1, total - 1)))
 
 
-def take(batches: Iterable[Any], steps: int | None) -> tuple[int, Iterator[Any]]:
+def rounds(batches: Iterable[Any], steps: int | None) -> tuple[int, Iterator[Any]]:
     """The number of steps, and an iterator over so many batches, going round where `batches` is too short."""
     if steps is None:
         if not hasattr(batches, "__len__"):
@@ -234,8 +257,9 @@ def _rounds(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             raise ValueError(f"the batches ran out after {done} of {steps} steps: pass more, or a list to repeat")
 
 
-def without_cache(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    has_cache = "use_cache" in inspect.signature(model.base_model.forward).parameters
+def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, and use_cache=False where the model inside, a PEFT model's too, would otherwise fill a cache."""
+    has_cache = "use_cache" in inspect.signature(base_model(model).base_model.forward).parameters
     return {**inputs, "use_cache": False} if has_cache else inputs
 
 
