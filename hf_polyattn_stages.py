@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from hf_polyattn_arguments import TextArguments, check_numbers, mapping, parse_values
 
 
@@ -194,6 +192,9 @@ def _find(word: str) -> Path:
     raise ValueError(f"no such file for a stage: {path}")
 
 
+_WITHOUT_EFFECT = ("output_dir", "keep_stages", "save_steps", "num_workers")
+
+
 @dataclass
 class ConversionTextArguments(TextArguments):
     """Text of the conversion, and how it becomes tokens. A model without logits reads it line by line."""
@@ -209,14 +210,10 @@ class ConversionTextArguments(TextArguments):
             raise ValueError("a conversion reads its text whole: set streaming false")
 
 
-def settings_yaml(*groups: Any) -> str:
-    """What decides the result of a conversion, to compare a run with the one that it goes on from."""
+def common_settings(*groups: Any) -> dict[str, Any]:
+    """What decides the result of every stage of a conversion: all but what is a stage's own and what decides none."""
     values: dict[str, Any] = {}
     for group in groups:
         values |= dataclasses.asdict(group)
-        if isinstance(group, ConversionArguments):
-            # what the files of stages say today
-            values["plan"] = [[kind, dataclasses.asdict(settings)] for kind, settings in group.plan(())]
-    for name in ("output_dir", "keep_stages", "save_steps", "num_workers"):
-        values.pop(name, None)
-    return yaml.safe_dump(values, sort_keys=True, allow_unicode=True)
+    own = ("stages", *STAGES, "shares", "twin")
+    return {name: value for name, value in values.items() if name not in own + _WITHOUT_EFFECT}

@@ -22,10 +22,13 @@ from transformers import (
 )
 
 from hf_polyattn import coverage, patch_model
+from hf_polyattn.converting.plan import plan_stages
 from hf_polyattn.converting.sources import load_teacher
 from hf_polyattn.converting.tasks import TokenLoss
 from hf_polyattn.models import PolyModelMixin, states
+from hf_polyattn.steps import DivergedError
 from hf_polyattn.training.tokenizers import SPECIAL_TOKENS, byte_tokenizer
+from hf_polyattn_stages import ConversionArguments
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 64}
 CONFIGS = {
@@ -165,6 +168,9 @@ def test_a_killed_conversion_goes_on_to_the_same_end(stage, teachers, text, tmp_
     straight = run(teachers(), text, tmp_path / "straight", *STAGES)
     killed(teachers, text, tmp_path / "out", monkeypatch, stage)
     assert not (tmp_path / "out" / "results.json").exists()
+    # the model to go on from, and of those before it only what was noted
+    models = [path.parent.name for path in (tmp_path / "out" / "stages").glob("*/model.safetensors")]
+    assert models == [{"attention": "01-calibrate", "distillation": "02-transfer"}.get(stage.split()[0], "03-distill")]
     again = run(teachers(), text, tmp_path / "out", *STAGES)
     assert "going on in" in capsys.readouterr().err
     assert [row.score for row in again.rows] == [row.score for row in straight.rows]
@@ -197,6 +203,29 @@ def test_heads_are_converted_share_by_share(teachers, text, tmp_path):
         heads = {(name, head) for name, state in states(model).items() for head in state.heads}
         assert set(before) <= heads
         before = dict.fromkeys(heads)
+
+
+def test_labels_tell_stages_and_shares_apart():
+    options = {"model": "m", "output_dir": "o"}
+    stages = ["calibrate", "finetune", "transfer", "finetune"]
+    plan = plan_stages(ConversionArguments(**options, stages=stages), has_logits=True)
+    assert [stage.label for stage in plan] == ["calibrate", "finetune", "transfer", "finetune #2"]
+    shares = [0.125, 1 / 3, 0.33334, 1.0]
+    plan = plan_stages(ConversionArguments(**options, shares=shares, stages=["calibrate", "transfer"]), True)
+    labels = [f"transfer {share}" for share in ("12.5%", "33.333%", "33.334%", "100%")]
+    assert [stage.label for stage in plan] == ["calibrate", *labels]
+    assert plan[2].name == "03-transfer-33.333"
+
+
+def test_heads_of_shares_that_are_nearly_equal_are_those_of_each(teachers, text, tmp_path):
+    """The shares differ in the seventh digit and lie on both sides of the third of eight heads and a half."""
+    shares, out = (0.4374999, 0.4375001), tmp_path / "out"
+    run(teachers(), text, out, "--shares", *shares, "--stages", "calibrate", "transfer", "--keep_stages")
+    counts = [
+        sum(coverage(AutoModelForCausalLM.from_pretrained(path)).patched.values())
+        for path in sorted((out / "stages").glob("*-transfer-*"))
+    ]
+    assert counts == [3, 4]
 
 
 def test_heads_keep_what_they_learned_when_others_follow(teachers, text, tmp_path):
@@ -308,12 +337,40 @@ def test_after_adapters_a_stage_trains_all_weights_also_after_a_stop(teachers, t
     assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "straight"))
 
 
-def test_a_stage_file_that_changed_is_another_conversion(teachers, text, tmp_path, monkeypatch):
+def test_a_stage_that_is_not_finished_may_change_and_starts_anew(teachers, text, tmp_path, monkeypatch, capsys):
+    """Also where the file of the stage is what changed, in a setting that the shape of its steps does not show."""
     (tmp_path / "tune.yaml").write_text("stage: finetune\nsteps: 4\nmax_grad_norm: 1\n")
     stages = ("--stages", "calibrate", tmp_path / "tune.yaml")
     killed(teachers, text, tmp_path / "out", monkeypatch, "fine-tuning", stages=stages)
-    (tmp_path / "tune.yaml").write_text("stage: finetune\nsteps: 4\nmax_grad_norm: 2\n")
-    with pytest.raises(ValueError, match=r"other settings \(plan: .*\)"):
+    assert (tmp_path / "out" / "stages" / "02-finetune.safetensors").exists()
+    (tmp_path / "tune.yaml").write_text("stage: finetune\nsteps: 4\nmax_grad_norm: 0.1\n")
+    run(teachers(), text, tmp_path / "out", *stages)
+    said = (
+        "02-finetune starts anew, the steps that it had done are dropped: other settings (max_grad_norm: 1.0 -> 0.1)"
+    )
+    assert said in capsys.readouterr().err
+    run(teachers(), text, tmp_path / "straight", *stages)
+    assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "straight"))
+
+
+def test_a_stage_that_failed_is_repeated_with_other_rates(teachers, text, tmp_path):
+    stages = ("--stages", "calibrate", "finetune", "--finetune.steps", 4, "--finetune.warmup_steps", 0)
+    with pytest.raises(DivergedError, match="not finite"):
+        run(teachers(), text, tmp_path / "out", *stages, "--finetune.learning_rate", 1e30)
+    report = run(teachers(), text, tmp_path / "out", *stages, "--finetune.learning_rate", 1e-3)
+    assert [row.steps for row in report.rows] == [0, 0, 0, 4]
+
+
+def test_a_stage_that_is_finished_may_not_change(teachers, text, tmp_path, monkeypatch):
+    (tmp_path / "transfer.yaml").write_text("stage: transfer\nsteps: 4\nlearning_rate: 1e-3\n")
+    stages = ("--stages", "calibrate", tmp_path / "transfer.yaml", "finetune", "--finetune.steps", 4)
+    killed(teachers, text, tmp_path / "out", monkeypatch, "fine-tuning", stages=stages)
+    with pytest.raises(ValueError, match=r"01-calibrate\.batches: 2 -> 3.*give another folder"):
+        run(teachers(), text, tmp_path / "out", *stages, "--calibrate.batches", 3)
+    with pytest.raises(ValueError, match=r"01-calibrate\.shares: \[1\.0\] -> \[0\.5, 1\.0\]"):
+        run(teachers(), text, tmp_path / "out", *stages, "--shares", 0.5, 1)
+    (tmp_path / "transfer.yaml").write_text("stage: transfer\nsteps: 4\nlearning_rate: 2e-3\n")
+    with pytest.raises(ValueError, match=r"other settings \(02-transfer\.learning_rate: 0\.001 -> 0\.002\)"):
         run(teachers(), text, tmp_path / "out", *stages)
 
 

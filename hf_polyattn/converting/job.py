@@ -1,23 +1,20 @@
 """The stages of one conversion, run one after another; those that are finished are read."""
 
 import copy
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_polyattn_stages import CalibrateStage, ConversionArguments, FinetuneStage
+from hf_polyattn_stages import CalibrateStage, ConversionArguments
 
 from ..fit_report import CoefficientReport
 from ..models import poly_model_class, states
 from ..steps import StepCheckpoint
-from .folder import ConversionFolder
-from .plan import Planned
+from .folder import ConversionFolder, say
+from .plan import TWIN, Planned, twin_settings
 from .report import SOFTMAX, TUNED, Row
 from .tasks import Task
 from .training import convert_heads, run_calibration, run_training
@@ -39,13 +36,13 @@ class Job:
         self.args, self.folder, self.teacher, self.task = args, folder, teacher, task
         self.rows = [Row(SOFTMAX, self._once("00-softmax", lambda: {"score": task.score(teacher)})["score"], 0, 0.0)]
         self.losses: dict[str, list[float]] = {}
-        self.say(f"{SOFTMAX}: {task.metric} {self.rows[0].score:.4f}")
+        say(f"{SOFTMAX}: {task.metric} {self.rows[0].score:.4f}")
 
     def run(self, plan: list[Planned], patched: PreTrainedModel) -> PreTrainedModel:
         """The student after all stages; `patched` is where a new one starts."""
         done = [stage for stage in plan if self.folder.read(stage.name) is not None]
         if self.folder.is_resumed:
-            self.say(f"going on in {self.folder.out} after {', '.join(s.label for s in done) or 'no finished stage'}")
+            say(f"going on in {self.folder.out} after {', '.join(s.label for s in done) or 'no finished stage'}")
         student = self._load(done[-1].name) if done else patched
         # in the report this is what the patch alone leaves, before anything was measured
         first = self._once("00-patched", lambda: {"score": self.task.score(student)})
@@ -56,11 +53,12 @@ class Job:
             if note is None:
                 student, note = self._run_stage(stage, student, position)
                 self.folder.save(stage.name, student, note)
+                self._drop_models(stage)
             row = Row(stage.label, note["score"], note["tokens"], note["seconds"], note["steps"])
             self.rows.append(row)
             if note["losses"]:
                 self.losses[stage.label] = note["losses"]
-            self.say(f"{stage.label}: {self.task.metric} {row.score:.4f}, {row.seconds:.0f} s")
+            say(f"{stage.label}: {self.task.metric} {row.score:.4f}, {row.seconds:.0f} s")
             position += stage.steps * self.args.batch_size
         return student
 
@@ -89,30 +87,29 @@ class Job:
             note |= {"losses": losses, "tokens": tokens, "seconds": seconds, "steps": len(losses)}
         return student, {**note, "score": self.task.score(student)}
 
+    def _drop_models(self, last: Planned) -> None:
+        """Leaves on the disk what a stop would have to go on from."""
+        if not self.args.keep_stages:
+            # heads of later shares start from what calibration has found
+            fitted = {CALIBRATED} if self.args.shares != [1.0] else set()
+            self.folder.drop_models({last.name, *fitted})
+
     def _loss_like(self, model: PreTrainedModel) -> float:
         return self.task.score(model) * (1 if self.task.lower_is_better else -1)
 
     def _share(self, student: PreTrainedModel, stage: Planned) -> PreTrainedModel:
         """The student with as many heads polynomial as the stage's share says."""
         note = self.folder.read(CALIBRATED) or {}
-        chosen = note.get("choices", {}).get(f"{stage.share:g}")
+        chosen = note.get("choices", {}).get(str(stage.share))
         if chosen is None:
             return student
         heads = {int(layer): tuple(which) for layer, which in chosen["heads"].items()}
         fitted = dict(states(self._load(CALIBRATED)))
         return convert_heads(student, {"layers": tuple(chosen["layers"]), "heads": heads}, fitted)
 
-    def tune_twin(self) -> Row:
+    def tune_twin(self, plan: list[Planned]) -> Row:
         """The softmax model on as many tokens, with labels, at the rates of the last stage that trains all weights."""
-        steps = sum(row.steps for row in self.rows)
-        planned = [settings for _, settings in self.args.plan(("calibrate", "transfer", "distill"))]
-        stages = [s for s in planned if isinstance(s, FinetuneStage) and not s.lora_r]
-        names = set(FinetuneStage.__dataclass_fields__)
-        last = {name: value for name, value in asdict(stages[-1]).items() if name in names} if stages else {}
-        settings = FinetuneStage(**{**last, "steps": steps})
-        if settings.patience:
-            # it may choose its best weights as the student does, and sees as many tokens all the same
-            settings = replace(settings, patience=steps)
+        settings = twin_settings(plan, sum(row.steps for row in self.rows))
 
         def tune() -> dict[str, Any]:
             torch.manual_seed(self.args.seed)
@@ -122,14 +119,14 @@ class Job:
                 settings,
                 self.task.batches(0, settings.steps, self.args.batch_size),
                 settings.steps,
-                StepCheckpoint(self.folder.steps("99-softmax-tuned"), self.args.save_steps),
+                StepCheckpoint(self.folder.steps(TWIN), self.args.save_steps),
                 self._loss_like,
             )
             score = self.task.score(model)
             return {"score": score, "tokens": tokens, "seconds": seconds, "steps": len(losses)}
 
-        note = self._once("99-softmax-tuned", tune)
-        self.say(f"{TUNED}: {self.task.metric} {note['score']:.4f}")
+        note = self._once(TWIN, tune)
+        say(f"{TUNED}: {self.task.metric} {note['score']:.4f}")
         return Row(TUNED, note["score"], note["tokens"], note["seconds"], note["steps"])
 
     def _once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -144,13 +141,9 @@ class Job:
         model = cls.from_pretrained(self.folder.stages / name, dtype=torch.float32)
         return model.to(self.teacher.device).eval()  # type: ignore[arg-type]
 
-    @staticmethod
-    def say(line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
 
 def _choices(report: CoefficientReport | None, shares: list[float]) -> dict[str, Any]:
     """Share -> the heads to convert; none where all are."""
     if report is None or shares == [1.0]:
         return {}
-    return {f"{share:g}": report.easiest(share) for share in shares}
+    return {str(share): report.easiest(share) for share in shares}

@@ -7,13 +7,14 @@ from dataclasses import replace
 from accelerate import PartialState
 
 from hf_polyattn_arguments import AttentionArguments, mapping
-from hf_polyattn_stages import ConversionArguments, ConversionTextArguments, FinetuneStage, settings_yaml
+from hf_polyattn_stages import ConversionArguments, ConversionTextArguments, FinetuneStage, common_settings
 
 from ..patching import coverage, patch_model
+from ..positions import positions_of
 from .checks import check_settings, find_tokenizer
 from .folder import ConversionFolder
 from .job import Job
-from .plan import needs_labels, plan_stages
+from .plan import entries, needs_labels, plan_stages
 from .report import ConversionReport
 from .results import results_of
 from .sources import load_teacher
@@ -29,7 +30,7 @@ def convert(
     """Converts a softmax checkpoint in stages and writes the model and its report to args.output_dir.
 
     The same arguments after a stop go on where it stopped: finished stages are read, and a stage under way goes on
-    from its last saved step.
+    from its last saved step. Stages that are not finished may have other settings then, and start anew.
 
     Returns:
         scores after each stage; print it.
@@ -40,11 +41,10 @@ def convert(
     settings = check_settings(args, attention)
     if PartialState().num_processes > 1:
         raise ValueError("a conversion runs in one process: start it without accelerate's --num_processes")
-    folder = ConversionFolder(args.output_dir, settings_yaml(args, attention, text))
+    folder = ConversionFolder(args.output_dir, common_settings(args, attention, text))
     teacher = load_teacher(args.model)
     if text.block_size is None:
-        positions = getattr(teacher.config, "max_position_embeddings", None) or BLOCK
-        text = replace(text, block_size=min(BLOCK, positions))
+        text = replace(text, block_size=min(BLOCK, positions_of(teacher) or BLOCK))
     device = PartialState().device
     teacher.to(device)
     tokenizer = find_tokenizer(args, text)
@@ -61,6 +61,7 @@ def convert(
         # the teacher's decisions are all that there is to learn from
         args = replace(args, distill=json.dumps({**distill, "cross_entropy": 0.0}))
     plan = plan_stages(args, task.has_logits)
+    folder.check(entries(plan, args))
     if args.twin and not any(stage.steps for stage in plan):
         raise ValueError("twin fine-tunes softmax on as many tokens, and no stage trains on any: leave it out")
     if any(isinstance(stage.settings, FinetuneStage) for stage in plan) and not task.has_logits:
@@ -77,9 +78,9 @@ def convert(
     folder.open()
     job = Job(args, folder, teacher, task)
     student = job.run(plan, patched)
-    tuned = job.tune_twin() if args.twin else None
+    tuned = job.tune_twin(plan) if args.twin else None
     report = ConversionReport(task.metric, task.lower_is_better, tuple(job.rows), tuned)
     (folder.out / "conversion.md").write_text(report.markdown() + "\n", encoding="utf-8")
     report.figure(folder.out / "conversion.png", job.losses)
-    folder.finish(student, tokenizer, results_of(args, attention, text, report, student), keep=args.keep_stages)
+    folder.finish(student, tokenizer, results_of(args, attention, text, plan, report, student), keep=args.keep_stages)
     return report

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 
 from ..training.devices import device_name, peak_mib
+from .plan import Planned, entries
 from .report import ConversionReport
 
 PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
@@ -22,6 +24,7 @@ def results_of(
     args: ConversionArguments,
     attention: AttentionArguments,
     text: ConversionTextArguments,
+    plan: Sequence[Planned],
     report: ConversionReport,
     student: PreTrainedModel,
 ) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def results_of(
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "command": shlex.join(sys.argv),
         "arguments": {**asdict(args), **_named(attention), **asdict(text)},
-        "plan": [[kind, asdict(settings)] for kind, settings in args.plan(())],
+        "plan": entries(plan, args),
         "stages": report.to_dict(),
     }
 
