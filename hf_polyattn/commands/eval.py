@@ -20,7 +20,8 @@ from ..patch_report import describe
 from ..patching import coverage
 from ..tables import format_table
 from ..training.devices import device_name
-from .loading import holds_adapters, load_adapted, load_checkpoint, load_tokenizer
+from ..training.tokenizers import own_tokenizer
+from .loading import holds_adapters, load_adapted, load_checkpoint
 
 OPTIONS = {
     "text": ("block_size", "stride"),
@@ -116,7 +117,7 @@ def _data(args: Namespace, common: dict[str, Any]) -> Measure:
 def _evaluate(path: str, args: Namespace, measure: Measure) -> tuple[dict[str, Any], Evaluation]:
     """What the model at `path` is, and what was measured of it."""
     model, adapters = load_adapted(path) if holds_adapters(path) else (load_checkpoint(path), None)
-    tokenizer = load_tokenizer(args.tokenizer or path)
+    tokenizer = own_tokenizer(args.tokenizer or path)
     if tokenizer is None:
         raise ValueError(
             f"{args.tokenizer or path} holds no tokenizer: name the one that {path} was trained with, --tokenizer DIR"

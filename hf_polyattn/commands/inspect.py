@@ -10,7 +10,8 @@ from ..diagnostics import AttentionReport, attention_statistics, draw_heads
 from ..models import PolyModelMixin, read_settings, states
 from ..patching import coverage
 from ..tables import format_states
-from .loading import batches_of, holds_adapters, load_adapted, load_checkpoint, load_tokenizer
+from ..training.tokenizers import own_tokenizer
+from .loading import batches_of, holds_adapters, load_adapted, load_checkpoint
 
 
 def run(args: Namespace) -> str:
@@ -60,7 +61,7 @@ def _measured(model: PreTrainedModel, args: Namespace) -> AttentionReport:
     file = Path(args.text)
     if not file.is_file():
         raise FileNotFoundError(f"no such text: {file}")
-    tokenizer = load_tokenizer(args.tokenizer or args.path)
+    tokenizer = own_tokenizer(args.tokenizer or args.path)
     if tokenizer is None:
         raise ValueError(f"{args.path} has no tokenizer, and --text needs one: name it with --tokenizer")
     return attention_statistics(model.eval(), [{"input_ids": ids} for ids in batches_of(tokenizer, file, model)])

@@ -7,7 +7,6 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -15,6 +14,7 @@ from transformers import (
 
 from .. import models
 from ..architectures import STOCK_PREFIX
+from ..positions import positions_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 BATCHES, SEQUENCES, MAX_LENGTH = 4, 2, 256
@@ -81,23 +81,13 @@ def _check_model_type(path: str) -> None:
         raise ValueError(f"{path} is a {model_type}: it needs hf_polyattn.register_architecture({stock!r}, ...)")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint, None when there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError):
-        return None
-    # for a folder without tokenizer files Transformers makes one up that knows special tokens only
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
-
-
 def batches_of(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:
     """Up to BATCHES tensors of input ids [SEQUENCES, T] from the start of a text file.
 
     Raises:
         ValueError: for a text that does not fill one batch.
     """
-    length = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    length = min(MAX_LENGTH, positions_of(model) or MAX_LENGTH)
     ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     size = SEQUENCES * length
     if len(ids) < size:

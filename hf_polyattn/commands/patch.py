@@ -9,7 +9,8 @@ from ..activations import resolve_config
 from ..models import read_settings
 from ..patch_report import Source, advice, describe
 from ..patching import coverage, patch_model
-from .loading import batches_of, load_checkpoint, load_tokenizer
+from ..training.tokenizers import own_tokenizer
+from .loading import batches_of, load_checkpoint
 
 
 def run(args: Namespace) -> str:
@@ -22,7 +23,7 @@ def run(args: Namespace) -> str:
     options = _options(args)
     resolve_config(args.activation, **{name: value for name, value in options.items() if name != "budget"})
     model = load_checkpoint(args.source)
-    tokenizer = load_tokenizer(args.source)
+    tokenizer = own_tokenizer(args.source)
     if args.calibrate:
         if tokenizer is None:
             raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")

@@ -8,6 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import PolyConfigMixin
+from ..training.tokenizers import own_tokenizer
 
 
 def load_teacher(name: str) -> PreTrainedModel:
@@ -35,10 +36,10 @@ def load_teacher(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def load_own_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer inside a GGUF file."""
+def load_own_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, or inside a GGUF file; None where there is none."""
     where, options = _location(name)
-    return AutoTokenizer.from_pretrained(where, **options)
+    return AutoTokenizer.from_pretrained(where, **options) if options else own_tokenizer(where)
 
 
 def is_gguf(name: str) -> bool:

@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto as auto
 from hf_polyattn_arguments import TextArguments
 
 from ..evaluating import evaluating
+from ..positions import positions_of
 from ..steps import without_cache
 from ..training.data import load_texts, pack, tokenise, training_view
 from ..training.masking import masking_collator
@@ -37,8 +38,10 @@ class Task:
     has_labels = True
     has_logits = True
 
-    def __init__(self, view: Any, held_out: list[dict[str, Any]], collate: Callable[..., dict[str, Any]]) -> None:
-        self.view, self.held_out, self.collate = view, held_out, collate
+    def __init__(
+        self, view: Any, held_out: list[dict[str, Any]], collate: Callable[..., dict[str, Any]], workers: int = 0
+    ) -> None:
+        self.view, self.held_out, self.collate, self.workers = view, held_out, collate, workers
 
     def batches(self, position: int, steps: int, size: int) -> DataLoader:
         """`steps` batches of `size` sequences from a position of the run on: the same ones each time."""
@@ -49,6 +52,7 @@ class Task:
             sampler=range(position, stop),
             batch_size=size,
             collate_fn=self.collate,
+            num_workers=self.workers,
             generator=generator,
         )
 
@@ -147,14 +151,16 @@ def task_for(
     rows: int = teacher.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: use the model's own tokenizer")
-    positions = getattr(teacher.config, "max_position_embeddings", None)
+    positions = positions_of(teacher)
     if positions and text.block_size > positions:
         raise ValueError(f"block_size {text.block_size} is more than the model's {positions} positions: lower it")
     train, held_out = load_texts(text)
     if _is_causal(teacher):
         view: Any = training_view(train, text, tokenizer, seed, overlap=0)
         blocks = pack(tokenise(held_out, tokenizer, text.text_column), text.block_size, overlap=0)
-        return TokenLoss(view, _all(blocks, _causal_batch, batch_size, validation_batches), _causal_batch)
+        return TokenLoss(
+            view, _all(blocks, _causal_batch, batch_size, validation_batches), _causal_batch, text.num_workers
+        )
     if type(teacher).__name__ in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         if tokenizer.mask_token_id is None:
             raise ValueError("a masked language model needs a tokenizer with a mask token: use the model's own")
@@ -163,7 +169,7 @@ def task_for(
         # other masks than in training, the same in each look
         collate = masking_collator(tokenizer, seed + 1)
         masked = _all(Numbered(blocks), collate, batch_size, validation_batches)
-        return TokenLoss(view, masked, masking_collator(tokenizer, seed))
+        return TokenLoss(view, masked, masking_collator(tokenizer, seed), text.num_workers)
     kind = _kind_without_vocabulary(teacher)
     lines = partial(_encode_lines, tokenizer=tokenizer, column=text.text_column, length=text.block_size)
     pad = DataCollatorWithPadding(tokenizer)
@@ -172,7 +178,7 @@ def task_for(
         raise ValueError("the text has too few lines: a model without a vocabulary reads it line by line")
     view = Shuffled(encoded[0], seed)
     some = _all(encoded[1], pad, batch_size, validation_batches)
-    return kind(view, some, pad, teacher=teacher)
+    return kind(view, some, pad, text.num_workers, teacher=teacher)
 
 
 def _kind_without_vocabulary(teacher: PreTrainedModel) -> type[RankAgreement] | type[Agreement]:

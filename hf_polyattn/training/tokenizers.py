@@ -1,5 +1,6 @@
 """Two tokenizers that need no files, and the door to all others. Saved with a model, each reloads by AutoTokenizer."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,14 @@ SPECIAL_TOKENS = {
 """Appended after the plain vocabulary, in this order, where a job asks for them."""
 
 
+_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source.spm", "bpe.codes", "tiktoken")
+"""How the files begin of which a tokenizer is made."""
+
+
+class NoTokenizerError(ValueError):
+    """Where a tokenizer was looked for there is none."""
+
+
 def load_tokenizer(
     name: str | None, texts: Iterable[str] = (), special_tokens: Iterable[str] = ("eos_token", "pad_token")
 ) -> PreTrainedTokenizerBase:
@@ -25,8 +34,10 @@ def load_tokenizer(
     name: "bytes", "chars", a folder or a Hub name.
     texts: what "chars" takes its characters from.
     special_tokens: keys of SPECIAL_TOKENS that "bytes" and "chars" get, and that any other must have.
-    Raises ValueError for no name, a folder without a tokenizer, or a special token that is missing and cannot be
-    replaced.
+    Raises:
+        NoTokenizerError: a ValueError, for a folder or repository without a tokenizer.
+        ValueError: for no name, or a special token that is missing and cannot be replaced.
+        OSError: for files that cannot be read, or a Hub that cannot be reached.
     """
     names = list(special_tokens)
     if not name:
@@ -50,16 +61,31 @@ def load_tokenizer(
 
 def _load(name: str) -> PreTrainedTokenizerBase:
     none = f"{name} holds no tokenizer: set tokenizer to bytes, chars, a folder or a Hub name"
+    folder = Path(name)
+    if folder.is_dir() and not any(path.name.startswith(_FILES) for path in folder.iterdir()):
+        raise NoTokenizerError(none)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ValueError(none) from error
-        raise
-    # for a folder without tokenizer files Transformers makes one up that knows special tokens only
+    except ValueError as error:
+        # of a repository without tokenizer files; what is there and broken, and a Hub out of reach, say so themselves
+        if folder.is_dir() or isinstance(error, json.JSONDecodeError):
+            raise
+        raise NoTokenizerError(none) from error
+    # of a repository without tokenizer files Transformers makes one up that knows special tokens only
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(none)
+        raise NoTokenizerError(none)
     return tokenizer
+
+
+def own_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, a folder or a Hub name; None where there is none.
+
+    Raises OSError or ValueError for one that is there and cannot be read, or a Hub that cannot be reached.
+    """
+    try:
+        return _load(name)
+    except NoTokenizerError:
+        return None
 
 
 def byte_tokenizer(special_tokens: Iterable[str] = ("eos_token", "pad_token")) -> PreTrainedTokenizerFast:
