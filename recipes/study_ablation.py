@@ -11,7 +11,8 @@ runs are kept in the csv and not run again. A run takes a minute or two on one C
 """
 
 import argparse
-import platform
+import hashlib
+import os
 import shutil
 import statistics
 import sys
@@ -20,12 +21,15 @@ from pathlib import Path
 import convert
 import torch
 import transformers
-from study_checkpoints import appended, name_of, rows_of
+from accelerate import PartialState
+from study_checkpoints import appended, name_of, rows_of, shown
 from study_conversion import Sentences
 from tqdm import tqdm
 from transformers import AutoModel
 
 import hf_polyattn
+from hf_polyattn.steps import DivergedError
+from hf_polyattn.training.devices import device_name
 
 HERE = Path(__file__).parent
 QUARTIC = "--degree 4 --coefficients 1 1 0.375 0.0625 0.00390625 --normalization sum --calibrate.fit gain"
@@ -70,18 +74,28 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 def recipe_of(task: str, args: argparse.Namespace) -> list[str]:
     """Arguments of convert.py that all rows of a task share."""
     if task == "sentences":
-        text = args.runs / "sentences.txt"
-        if not text.exists():
-            rows = Sentences(args, None).train  # type: ignore[arg-type]
-            text.write_text("\n".join(rows), encoding="utf-8")
-        words = f"--dataset {text} --block_size 128 --batch_size 32 --validation_batches 8 --transfer.steps 50"
+        text = sentences_file(args)
+        words = "--block_size 128 --batch_size 32 --validation_batches 8 --transfer.steps 50"
     else:
+        text = Path(args.train)
         words = (
-            f"--dataset {args.train} --tokenizer chars --block_size 64 --batch_size 12 --shuffle random_windows "
+            "--tokenizer chars --block_size 64 --batch_size 12 --shuffle random_windows "
             "--validation_batches 2000 --transfer.steps 300 --finetune.steps 300 --finetune.learning_rate 1e-3 "
             "--finetune.attention_learning_rate 1e-3 --stages calibrate transfer finetune"
         )
-    return [*words.split(), "--model", args.checkpoint]
+    # paths as words of their own: they may have spaces
+    return ["--dataset", str(text), *words.split(), "--model", args.checkpoint]
+
+
+def sentences_file(args: argparse.Namespace) -> Path:
+    """The training sentences, one a line; named after what it holds, so that other data have another file."""
+    text = "\n".join(Sentences(args, None).train)  # type: ignore[arg-type]
+    path = args.runs / f"sentences-{hashlib.sha256(text.encode()).hexdigest()[:12]}.txt"
+    if not path.exists():
+        aside = path.with_suffix(".partial")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    return path
 
 
 def arguments(task: str, changes: str, args: argparse.Namespace) -> list[str]:
@@ -151,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
                     "hf_polyattn": hf_polyattn.__version__,
-                    "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+                    "device": device_name(PartialState().device),
                     "command": command,
                 }
             )
@@ -163,16 +177,16 @@ def main(argv: list[str] | None = None) -> None:
             out = args.runs / f"{args.task}-{list(VARIANTS).index(name):02d}-{seed}"
             shutil.rmtree(out, ignore_errors=True)
             words = [*arguments(args.task, VARIANTS[name][0], args), "--seed", str(seed)]
-            shown = [Path(word).name if "/" in word else word for word in words]
+            command = f"python recipes/convert.py {shown(words)}"
             try:
                 report = convert.main([*words, "--output_dir", str(out)])
-            except (ValueError, RuntimeError) as error:
-                # a change that trains to nothing is a result, and no reason to lose the others
+            except DivergedError as error:
+                # a change that trains to nothing is a result, and no reason to lose the others; a mistake is none
                 tqdm.write(f"{name}, seed {seed}: {error}", file=sys.stderr)
-                note(name, seed, float("nan"), None, f"python recipes/convert.py {' '.join(shown)}  # {error}")
+                note(name, seed, float("nan"), None, f"{command}  # {error}")
                 continue
             value = judge.score(AutoModel.from_pretrained(out).eval()) if judge else report.rows[-1].score
-            note(name, seed, value, report, "python recipes/convert.py " + " ".join(shown))
+            note(name, seed, value, report, command)
             if (args.task, checkpoint, "softmax", "0") not in have:
                 untouched = (
                     judge.score(AutoModel.from_pretrained(args.checkpoint).eval()) if judge else report.rows[0].score

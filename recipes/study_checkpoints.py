@@ -14,9 +14,10 @@ import contextlib
 import csv
 import itertools
 import json
-import platform
+import os
+import shlex
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The whole csv, written aside and renamed: a stop leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(aside, path)
+
+
+def shown(words: Iterable[str]) -> str:
+    """The words of a command as they stand in a row: of a path its last part, quoted where there are spaces."""
+    return shlex.join(Path(word).name if "/" in word else word for word in words)
+
+
 @contextlib.contextmanager
 def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Writes rows as they come, so that an interrupted study keeps what it has."""
@@ -147,7 +164,7 @@ def table(rows: list[dict[str, str]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for task, checkpoint, metric in dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows):
-        shown, counts = [], []
+        cells, counts = [], []
         for name in TWINS:
             here = [
                 row for row in rows if (row["task"], row["checkpoint"], row["attention"]) == (task, checkpoint, name)
@@ -155,9 +172,9 @@ def table(rows: list[dict[str, str]]) -> str:
             values = [float(row["value"]) for row in here]
             digits = 0 if metric == "sorted_of_729" else 4
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            shown.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
             counts += [len(values)] if values else []
-        lines.append(f"| {task} | {checkpoint} | {metric} | {' | '.join(shown)} | {min(counts)} |")
+        lines.append(f"| {task} | {checkpoint} | {metric} | {' | '.join(cells)} | {min(counts)} |")
     return "\n".join(lines)
 
 
@@ -189,7 +206,6 @@ def main(argv: list[str] | None = None) -> None:
             results = recipe(["--model", args.checkpoint, *changes, "--output_dir", str(output), "--overwrite"])
             if score is not None:
                 results |= score(output / "last")
-            shown = [Path(word).name if word.startswith("/") else word for word in changes]
             write(
                 {
                     "task": args.task,
@@ -202,8 +218,8 @@ def main(argv: list[str] | None = None) -> None:
                     "torch": results["versions"]["torch"],
                     "transformers": results["versions"]["transformers"],
                     "hf_polyattn": results["versions"]["hf-polyattn"],
-                    "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-                    "command": f"--model {checkpoint} " + " ".join(shown),
+                    "device": results["device"],
+                    "command": f"--model {checkpoint} {shown(changes)}",
                 }
             )
     text = table(rows_of(args.out))

@@ -7,27 +7,69 @@ each model and metric, the fine-tuned softmax model beside it, and the differenc
 """
 
 import argparse
-import csv
+import dataclasses
 import json
+import shlex
 import statistics
 from pathlib import Path
+from typing import Any
 
-from study_checkpoints import name_of, rows_of
+from study_checkpoints import name_of, rows_of, shown, write_rows
 
 from hf_polyattn.converting.report import TUNED
+from hf_polyattn_arguments import mapping
+from hf_polyattn_stages import STAGES, ConversionArguments, ConversionTextArguments
 
 HERE = Path(__file__).parent
-KEY = ("checkpoint", "attention", "stage", "seed", "steps")
+KEY = ("checkpoint", "attention", "settings", "stage", "seed", "steps")
+# shown elsewhere in a row, or without effect on what it says
+ELSEWHERE = {"model", "output_dir", "seed", "stages", *STAGES, "twin", "keep_stages", "save_steps", "num_workers"}
+
+
+def attention_of(attention: dict[str, Any]) -> str:
+    """The attention of a converted model, from its configuration."""
+    words = f"degree {attention['degree']} / {attention['normalization']}"
+    if attention["activation"] != "poly":
+        words = f"{attention['activation']}, {words}"
+    if attention["activation"] == "poly" and attention["coefficients"] != "learnable":
+        words += f", coefficients {attention['coefficients']}"
+    return words + (", QK-norm" if attention["qk_norm"] else "")
+
+
+def settings_of(results: dict[str, Any]) -> str:
+    """What a conversion was told besides its attention: stages and data with all that differs from the defaults."""
+    arguments = results["arguments"]
+    kinds = [row["stage"].split()[0] for row in results["stages"]["rows"][2:]]
+    named = {kind: mapping(kind, arguments[kind]) for kind in STAGES}
+    # of default stages an older version has written no plan
+    plan = results["plan"] or [[kind, named[kind]] for kind in dict.fromkeys(kinds)]
+    parts = [" ".join([kind, *_changed(settings, STAGES[kind])]) for kind, settings in plan]
+    for group in (ConversionArguments, ConversionTextArguments):
+        parts += _changed({n: v for n, v in arguments.items() if n not in ELSEWHERE}, group)
+    return "; ".join(parts)
+
+
+def _changed(values: dict[str, Any], group: type) -> list[str]:
+    """`name value` of each field of a dataclass that is not what it is by default."""
+    found = []
+    for field in dataclasses.fields(group):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name in values and values[field.name] != default:
+            value = values[field.name]
+            found.append(f"{field.name} {Path(value).name if isinstance(value, str) else value}")
+    return found
 
 
 def rows_of_folder(folder: Path) -> list[dict[str, str]]:
     """One row for each stage of a finished conversion."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    stages, attention = results["stages"], results["attention"]
-    shown = [word if "/" not in word else Path(word).name for word in results["command"].split()]
+    stages = results["stages"]
     common = {
         "checkpoint": name_of(results["arguments"]["model"]),
-        "attention": f"degree {attention['degree']} / {attention['normalization']}",
+        "attention": attention_of(results["attention"]),
+        "settings": settings_of(results),
         "metric": stages["metric"],
         "seed": results["seed"],
     }
@@ -43,7 +85,7 @@ def rows_of_folder(folder: Path) -> list[dict[str, str]]:
             "seconds": f"{row['seconds']:.0f}",
             **environment,
             "device": results["device"],
-            "command": " ".join(shown),
+            "command": shown(shlex.split(results["command"])),
         }
         for row in [*stages["rows"], *tuned]
     ]
@@ -53,22 +95,29 @@ def table(rows: list[dict[str, str]]) -> str:
     """Markdown: one line a stage."""
     lines = ["| checkpoint, metric | attention | stage | value | minus fine-tuned softmax, same seeds | seeds |"]
     lines.append("|---|---|---|---|---|---|")
-    groups = dict.fromkeys((r["checkpoint"], r["metric"], r["attention"], r["stage"]) for r in rows)
-    for checkpoint, metric, attention, stage in groups:
-        mine = {r["seed"]: float(r["value"]) for r in rows if _is(r, checkpoint, attention, stage)}
-        tuned = {r["seed"]: float(r["value"]) for r in rows if _is(r, checkpoint, attention, TUNED)}
+    groups = dict.fromkeys((r["checkpoint"], r["metric"], r["attention"], r["settings"], r["stage"]) for r in rows)
+    conversions = {(checkpoint, attention, settings) for checkpoint, _, attention, settings, _ in groups}
+    for checkpoint, metric, attention, settings, stage in groups:
+        one = (checkpoint, attention, settings)
+        mine = {r["seed"]: float(r["value"]) for r in rows if _is(r, *one, stage)}
+        tuned = {r["seed"]: float(r["value"]) for r in rows if _is(r, *one, TUNED)}
         # before the last stage it has seen fewer tokens than the twin
-        last = [s for c, _, a, s in groups if (c, a) == (checkpoint, attention) and s != TUNED][-1]
+        last = [s for c, _, a, t, s in groups if (c, a, t) == one and s != TUNED][-1]
         paired = [value - tuned[seed] for seed, value in mine.items() if seed in tuned and stage == last]
         spread = f" ± {statistics.stdev(mine.values()):.4f}" if len(mine) > 1 else ""
         difference = f"{statistics.mean(paired):+.4f}" if paired else ""
         value = f"{statistics.mean(mine.values()):.4f}{spread}"
-        lines.append(f"| {checkpoint}, {metric} | {attention} | {stage} | {value} | {difference} | {len(mine)} |")
+        # settings only where there are several of them
+        others = [s for c, a, s in conversions if (c, a) == (checkpoint, attention) and s != settings]
+        shown_attention = f"{attention} ({settings})" if others else attention
+        lines.append(
+            f"| {checkpoint}, {metric} | {shown_attention} | {stage} | {value} | {difference} | {len(mine)} |"
+        )
     return "\n".join(lines)
 
 
-def _is(row: dict[str, str], checkpoint: str, attention: str, stage: str) -> bool:
-    return (row["checkpoint"], row["attention"], row["stage"]) == (checkpoint, attention, stage)
+def _is(row: dict[str, str], *wanted: str) -> bool:
+    return tuple(row[name] for name in ("checkpoint", "attention", "settings", "stage")) == wanted
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,11 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     have = {tuple(row[name] for name in KEY) for row in rows}
     new = [row for folder in args.folders for row in rows_of_folder(folder)]
     rows += [row for row in new if tuple(row[name] for name in KEY) not in have]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
     text = table(rows)
     args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)

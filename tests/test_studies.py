@@ -24,7 +24,7 @@ def study(monkeypatch):
 
     def run(argv):
         calls.append(argv)
-        return {"accuracy": 0.5, "seconds": 1.0, "versions": versions}
+        return {"accuracy": 0.5, "seconds": 1.0, "versions": versions, "device": "cpu"}
 
     tasks = {**module.TASKS, "sentiment": (run, *module.TASKS["sentiment"][1:])}
     monkeypatch.setattr(module, "TASKS", tasks)

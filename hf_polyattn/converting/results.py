@@ -14,7 +14,7 @@ from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 
 from ..training.devices import device_name, peak_mib
-from .plan import Planned, entries
+from .plan import Planned
 from .report import ConversionReport
 
 PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
@@ -49,7 +49,8 @@ def results_of(
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "command": shlex.join(sys.argv),
         "arguments": {**asdict(args), **_named(attention), **asdict(text)},
-        "plan": entries(plan, args),
+        # each share goes through the same stages
+        "plan": [[s.kind, asdict(s.settings)] for s in plan if s.share in (None, args.shares[0])],
         "stages": report.to_dict(),
     }
 
