@@ -126,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "converted.csv")
     args = parser.parse_args(argv)
     rows = rows_of(args.out)
-    have = {tuple(row[name] for name in KEY) for row in rows}
-    new = [row for folder in args.folders for row in rows_of_folder(folder)]
-    rows += [row for row in new if tuple(row[name] for name in KEY) not in have]
+    have = {tuple(row[name] for name in KEY): row for row in rows}
+    for row in (row for folder in args.folders for row in rows_of_folder(folder)):
+        have.setdefault(tuple(row[name] for name in KEY), row)
+    rows = list(have.values())
     write_rows(args.out, rows)
     text = table(rows)
     args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
