@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .coefficient_fit import CoefficientReport, fit_coefficients
 from .models import read_settings, states
-from .observing import Observer, as_batches, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
+from .observing import ScoreObserver, Seen, as_batches, check_scores, observing, run, scores_of, store, sum_heads
 from .state import PolyAttentionState
 from .tables import format_span, format_table
 
@@ -63,13 +63,13 @@ class CalibrationReport:
         return f"{what}\n{format_table(header, rows)}"
 
 
-class GainObserver(Observer):
+class GainObserver(ScoreObserver):
     """Measures scores, and in the second run, with alpha set, the size of both outputs."""
 
     def __init__(self, state: PolyAttentionState) -> None:
         super().__init__(state)
         heads = state.alpha.shape[0]
-        self.squares, self.count, self.peak = torch.zeros(heads), torch.zeros(heads), torch.zeros(heads)
+        self.peak = torch.zeros(heads)
         self.softmax_squares, self.poly_squares, self.energy = (
             torch.zeros(heads),
             torch.zeros(heads),
@@ -78,35 +78,21 @@ class GainObserver(Observer):
         self.total_rows = 0.0
         self.measure_output = False
 
-    def observe(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        weights: torch.Tensor,
-        options: dict[str, Any],
-    ) -> None:
-        keep = keep_mask(query, key, options)
-        rows = self.rows(keep, query)
+    def observe(self, seen: Seen) -> None:
+        rows = seen.rows
         if self.measure_output:
-            poly, signed = self.state._attend(query, key, value, **options | {"dropout": 0.0, "return_weights": True})
+            options = seen.options | {"dropout": 0.0, "return_weights": True}
+            poly, signed = self.state._attend(seen.query, seen.key, seen.value, **options)
             assert signed is not None
             self.total_rows += rows[:, 0].sum().item()
-            self.softmax_squares += sum_heads(out.float().square().mean(-1) * rows)
+            self.softmax_squares += sum_heads(seen.out.float().square().mean(-1) * rows)
             self.poly_squares += sum_heads(poly.float().square().mean(-1) * rows)
             self.energy += sum_heads(signed.float().square().sum(-1) * rows)
         else:
-            scores = scores_of(self.state, query, key, options)
-            used = keep & rows[..., None]
-            scores = scores.masked_fill(~used, 0)
-            self.squares += sum_heads(scores.square().sum(-1))
-            self.count += sum_heads(used.sum(-1).float())
-            self.peak = torch.maximum(self.peak, scores.abs().amax(dim=(0, 2, 3)).float().cpu())
-
-    @property
-    def spread(self) -> torch.Tensor:
-        return (self.squares / self.count.clamp(min=1)).sqrt()
+            scores = scores_of(self.state, seen.query, seen.key, seen.options)
+            used = seen.keep & rows[..., None]
+            self.add_scores(scores, used)
+            self.peak = torch.maximum(self.peak, scores.masked_fill(~used, 0).abs().amax(dim=(0, 2, 3)).float().cpu())
 
     def gain_factor(self, target: Target) -> torch.Tensor:
         """[heads], what the gain is to be multiplied by."""

@@ -17,7 +17,19 @@ from .config import PolyAttentionConfig
 from .fit_report import CoefficientReport, HeadFit
 from .fitting import RIDGE, NormalEquations
 from .models import read_settings, states
-from .observing import Observer, as_batches, check_scores, keep_mask, observing, run, scores_of, store, sum_heads
+from .observing import (
+    Observer,
+    ScoreObserver,
+    Seen,
+    as_batches,
+    check_scores,
+    keep_mask,
+    observing,
+    run,
+    scores_of,
+    store,
+    sum_heads,
+)
 from .ops import NORMALIZED
 from .ops.normalization import row_scale
 from .state import PolyAttentionState
@@ -27,7 +39,7 @@ BINS = 60
 """Bins of the calibrated range in which softmax's weights are averaged, for figures."""
 
 
-class FitObserver(Observer):
+class FitObserver(ScoreObserver):
     """Measures one module; what is measured depends on `stage`."""
 
     def __init__(self, state: PolyAttentionState, layer: int, projection: nn.Module | None) -> None:
@@ -35,38 +47,26 @@ class FitObserver(Observer):
         self.layer, self.projection = layer, projection
         self.stage: Literal["", "scores", "terms", "projected"] = ""
         heads = state.alpha.shape[0]
-        self.squares, self.count = torch.zeros(heads), torch.zeros(heads)
         self.low, self.high = torch.full((heads,), torch.inf), torch.full((heads,), -torch.inf)
         self.equations = NormalEquations(heads, state.config.degree + 1)
         self.seen, self.mass = torch.zeros(heads, BINS), torch.zeros(heads, BINS)
         self.lost = self.total = 0.0
 
-    def observe(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        weights: torch.Tensor,
-        options: dict[str, Any],
-    ) -> None:
-        keep = keep_mask(query, key, options)
-        rows = self.rows(keep, query)
+    def observe(self, seen: Seen) -> None:
         if self.stage == "projected":
-            self._compare_projected(query, key, value, out, rows, options)
+            self._compare_projected(seen)
         elif self.stage:
-            scores = scores_of(self.state, query, key, options)
-            used = keep & rows[..., None]
+            scores = scores_of(self.state, seen.query, seen.key, seen.options)
+            used = seen.keep & seen.rows[..., None]
             if self.stage == "scores":
                 self._measure_scores(scores, used)
             else:
-                terms, scale = self._terms(scores, value, keep)
-                self.equations.add(terms, out, rows)
-                self._measure_weights(scores, weights * scale, used)
+                terms, scale = self._terms(scores, seen.value, seen.keep)
+                self.equations.add(terms, seen.out, seen.rows)
+                self._measure_weights(scores, seen.weights * scale, used)
 
     def _measure_scores(self, scores: torch.Tensor, used: torch.Tensor) -> None:
-        self.squares += sum_heads(scores.masked_fill(~used, 0).square().sum(-1))
-        self.count += sum_heads(used.sum(-1).float())
+        self.add_scores(scores, used)
         for name, sign in (("low", -1.0), ("high", 1.0)):
             extreme = (sign * scores).masked_fill(~used, -torch.inf).amax(dim=(0, 2, 3)).float().cpu()
             setattr(self, name, sign * torch.maximum(sign * getattr(self, name), extreme))
@@ -97,18 +97,11 @@ class FitObserver(Observer):
             sums = torch.bincount(bins.flatten(), what.flatten(), minlength=BINS * scores.shape[1])
             getattr(self, name).add_(sums.view(-1, BINS).float().cpu())
 
-    def _compare_projected(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        rows: torch.Tensor,
-        options: dict[str, Any],
-    ) -> None:
-        poly, _ = self.state._attend(query, key, value, **options | {"dropout": 0.0, "return_weights": False})
-        self.lost += self._projected_energy((out - poly) * rows[..., None])
-        self.total += self._projected_energy(out * rows[..., None])
+    def _compare_projected(self, seen: Seen) -> None:
+        options = seen.options | {"dropout": 0.0, "return_weights": False}
+        poly, _ = self.state._attend(seen.query, seen.key, seen.value, **options)
+        self.lost += self._projected_energy((seen.out - poly) * seen.rows[..., None])
+        self.total += self._projected_energy(seen.out * seen.rows[..., None])
 
     def _projected_energy(self, heads_out: torch.Tensor) -> float:
         """|W x|^2 of outputs [B, h, T, Dv] of the patched heads; heads outside the patch count as 0."""
@@ -119,10 +112,6 @@ class FitObserver(Observer):
         flat = full.flatten(2)
         # the difference leaves the bias out, which no attention has to produce
         return (self.projection(flat) - self.projection(torch.zeros_like(flat))).double().square().sum().item()
-
-    @property
-    def spread(self) -> torch.Tensor:
-        return (self.squares / self.count.clamp(min=1)).sqrt()
 
 
 def fit_coefficients(

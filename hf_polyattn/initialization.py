@@ -14,10 +14,15 @@ from transformers import PreTrainedModel
 from .architectures import get_architecture, head_dim
 from .attention import NAME
 
+_SPREAD = "_polyattn_started_spread"
+"""On an attention module: the spread that it was given."""
+
 
 @torch.no_grad()
 def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: float | None = None) -> None:
     """Sets spread and mean of the scores of a freshly initialised model, patched or not, in place.
+
+    A second call sets them anew: it starts from what the first has left.
 
     In a patched model an alpha that the config leaves "auto", one over the spread, follows a change of the spread.
 
@@ -37,7 +42,9 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
     for name, module in entry.attention_modules(model):
         weights, biases = entry.query_key(module)
         if spread is not None:
-            factor = math.sqrt(spread / entry.initial_spread(module))
+            # a call before this one has scaled the weights already
+            factor = math.sqrt(spread / module.__dict__.get(_SPREAD, entry.initial_spread(module)))
+            module.__dict__[_SPREAD] = spread
             for weight in weights:
                 weight.mul_(factor)
             state = getattr(module, NAME, None)

@@ -6,6 +6,7 @@ An observer computes softmax, so that the layers behind see what they saw before
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ _TOKENISE = (
 )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One call of an attention module, and softmax's answer to it."""
+
+    query: torch.Tensor
+    """[B, H, T, D]"""
+    key: torch.Tensor
+    """[B, Hk, S, D]"""
+    value: torch.Tensor
+    """[B, Hk, S, Dv]"""
+    out: torch.Tensor
+    """[B, H, T, Dv], softmax's"""
+    weights: torch.Tensor
+    """[B, H, T, S], softmax's"""
+    options: dict[str, Any]
+    """The rest of the arguments of `attend`."""
+    keep: torch.Tensor
+    """Which scores count, broadcastable to [B, H, T, S]."""
+    rows: torch.Tensor
+    """[B, H, T] bool: rows that keep a key and do not belong to padding."""
+
+
 class Observer:
     """Base class: what `state.observer` is set to. Subclasses measure in `observe`."""
 
@@ -37,18 +60,11 @@ class Observer:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, weights = softmax_output(query, key, value, **options)
-        self.observe(query, key, value, out, weights, options)
+        keep = keep_mask(query, key, options)
+        self.observe(Seen(query, key, value, out, weights, options, keep, self.rows(keep, query)))
         return out, None
 
-    def observe(
-        self,
-        query: torch.Tensor,  # [B, H, T, D]
-        key: torch.Tensor,  # [B, Hk, S, D]
-        value: torch.Tensor,  # [B, Hk, S, Dv]
-        out: torch.Tensor,  # [B, H, T, Dv], softmax's
-        weights: torch.Tensor,  # [B, H, T, S], softmax's
-        options: dict[str, Any],
-    ) -> None:
+    def observe(self, seen: Seen) -> None:
         raise NotImplementedError
 
     def rows(self, keep: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -57,6 +73,25 @@ class Observer:
         if self.tokens is not None and self.tokens.shape == (query.shape[0], query.shape[2]):
             rows = rows & self.tokens.to(rows.device)[:, None]
         return rows
+
+
+class ScoreObserver(Observer):
+    """Base class of those that measure how far the scores of each head spread."""
+
+    def __init__(self, state: PolyAttentionState) -> None:
+        super().__init__(state)
+        heads = state.alpha.shape[0]
+        self.squares, self.count = torch.zeros(heads), torch.zeros(heads)
+
+    def add_scores(self, scores: torch.Tensor, used: torch.Tensor) -> None:
+        """Adds scores [B, H, T, S], those that `used` [B, H, T, S] names."""
+        self.squares += sum_heads(scores.masked_fill(~used, 0).square().sum(-1))
+        self.count += sum_heads(used.sum(-1).float())
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """[heads], root mean square of the scores."""
+        return (self.squares / self.count.clamp(min=1)).sqrt()
 
 
 def softmax_output(

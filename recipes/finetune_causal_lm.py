@@ -71,7 +71,7 @@ from hf_polyattn.training.models import build_model, print_once, recompute_activ
 from hf_polyattn.training.optimization import adamw, clip_gradients, set_learning_rate
 from hf_polyattn.training.order import Shuffled, evaluation_loader, first_inputs, training_loader
 from hf_polyattn.training.run import Run, start_accelerator
-from hf_polyattn.training.tokenizers import load_tokenizer
+from hf_polyattn.training.tokenizers import load_tokenizer, opening
 
 
 def encode_pairs(rows: Dataset, args: FinetuneTextArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -81,12 +81,14 @@ def encode_pairs(rows: Dataset, args: FinetuneTextArguments, tokenizer: PreTrain
             f"no column {sorted(missing)} among {rows.column_names}: set prompt_column, completion_column"
         )
 
+    start = opening(tokenizer)
+
     def encode(row: dict) -> dict:
         prompt = tokenizer(row[args.prompt_column], add_special_tokens=False)["input_ids"]
         completion = tokenizer(row[args.completion_column], add_special_tokens=False)["input_ids"]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = (prompt + completion + end)[: args.block_size + 1]
-        labels = ([IGNORE] * len(prompt) + completion + end)[: args.block_size + 1]
+        ids = (start + prompt + completion + end)[: args.block_size + 1]
+        labels = ([IGNORE] * len(start + prompt) + completion + end)[: args.block_size + 1]
         return {"input_ids": ids[:-1], "labels": labels[1:]}
 
     encoded = rows.map(encode, remove_columns=rows.column_names)

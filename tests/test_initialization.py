@@ -47,6 +47,25 @@ def test_spread(name):
     torch.testing.assert_close(measured(model), torch.ones(2), rtol=0.35, atol=0)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("patch", [False, True])
+def test_a_second_call_sets_the_scores_anew(name, patch):
+    """The same call again changes nothing, and another one gives what it gives to a new model."""
+    once, twice = built(name), built(name)
+    if patch:
+        patch_model(once)
+        patch_model(twice)
+    start_scores(once, spread=1.0)
+    before = {name: tensor.clone() for name, tensor in once.state_dict().items()}
+    start_scores(once, spread=1.0)
+    for key, tensor in once.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    start_scores(once, spread=2.0)
+    start_scores(twice, spread=2.0)
+    for key, tensor in once.state_dict().items():
+        torch.testing.assert_close(tensor, twice.state_dict()[key], msg=key)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_mean(name):
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from recipe_runs import RECIPES, debug_config, metrics, recipe, run_recipe, write_text
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -164,6 +165,21 @@ def test_pairs_name_the_missing_column_and_count_what_is_left_out(capsys):
     assert "left out 1 of 2 rows" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no column \['a'\]"):
         module.encode_pairs(rows.remove_columns("a"), args, byte_tokenizer())
+
+
+def test_pairs_begin_as_the_tokenizer_begins_a_text():
+    """With BOS where it adds one, as LLaMA's tokenizers do; it carries no loss and is fed in front of the prompt."""
+    module = recipe("finetune_causal_lm")
+    args = module.FinetuneTextArguments(prompt_column="q", completion_column="a", block_size=16)
+    rows = module.Dataset.from_dict({"q": ["ab"], "a": ["c"]})
+    plain, with_bos = byte_tokenizer(["eos_token"]), byte_tokenizer(["eos_token"])
+    with_bos.add_special_tokens({"bos_token": "<s>"})
+    bos = with_bos.bos_token_id
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    (row,) = module.encode_pairs(rows, args, plain)
+    assert row == {"input_ids": [97, 98, 99], "labels": [module.IGNORE, 99, 256]}
+    (row,) = module.encode_pairs(rows, args, with_bos)
+    assert row == {"input_ids": [bos, 97, 98, 99], "labels": [module.IGNORE, module.IGNORE, 99, 256]}
 
 
 def test_classifier_learns_code_from_comments(tmp_path):

@@ -2,16 +2,25 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import batch_for, tiny, token_ids
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from hf_polyattn import calibrate, patch_model
 from hf_polyattn.conversion import transfer_attention
 from hf_polyattn.distillation import distill
-from hf_polyattn.steps import EarlyStop, StepCheckpoint, Steps
+from hf_polyattn.steps import (
+    EarlyStop,
+    StepCheckpoint,
+    Steps,
+    device_random_state,
+    set_device_random_state,
+    without_cache,
+)
 
 STEPS = 8
 
@@ -77,6 +86,31 @@ def test_what_a_stop_leaves_is_whole(tmp_path):
     keep = StepCheckpoint(tmp_path / "steps.safetensors", every=1)
     transfer(student, teacher, batches(), checkpoint=keep)
     assert [path.name for path in tmp_path.iterdir()] == ["steps.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_the_random_state_of_every_accelerator_is_kept(kind, monkeypatch):
+    """MPS's functions take no device, the others' do."""
+    device = torch.device(kind) if kind == "mps" else torch.device(kind, 1)
+    states = {}
+
+    def get(*where):
+        return states[where]
+
+    def put(state, *where):
+        states[where] = state
+
+    monkeypatch.setattr(torch, "get_device_module", lambda of: SimpleNamespace(get_rng_state=get, set_rng_state=put))
+    set_device_random_state(device, torch.arange(3))
+    assert list(states) == [() if kind == "mps" else (device,)]
+    assert device_random_state(device) is states.popitem()[1]
+    assert device_random_state(torch.device("cpu")) is None
+
+
+def test_no_cache_is_filled_inside_a_peft_model():
+    model = tiny("gpt2", double=False)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["c_attn"]))
+    assert without_cache(adapted, {}) == without_cache(model, {}) == {"use_cache": False}
 
 
 def test_losses_are_copied_to_one_tensor():

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..activations import change_config
 from ..models import states
-from ..observing import Observer, as_batches, keep_mask, observing, run, store
+from ..observing import Observer, Seen, as_batches, observing, run, store
 from ..patchable import unwrap
 from ..patching import apply_patch, say
 from ..state import PolyAttentionState
@@ -22,17 +22,8 @@ class DenominatorObserver(Observer):
         super().__init__(state)
         self.inverse, self.count, self.low, self.high = 0.0, 0, torch.inf, 0.0
 
-    def observe(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        weights: torch.Tensor,
-        options: dict[str, Any],
-    ) -> None:
-        keep = keep_mask(query, key, options)
-        lengths = keep.sum(-1).expand(query.shape[:3])[self.rows(keep, query)].double()
+    def observe(self, seen: Seen) -> None:
+        lengths = seen.keep.sum(-1).expand(seen.query.shape[:3])[seen.rows].double()
         scale = lengths.sqrt() if self.state.config.normalization == "sqrt_length" else lengths
         self.inverse += (1 / scale).sum().item()
         self.count += scale.numel()

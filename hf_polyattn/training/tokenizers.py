@@ -88,6 +88,13 @@ def own_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token where a tokenizer puts one in front of a text by itself, as LLaMA's do; empty elsewhere."""
+    bos = tokenizer.bos_token_id
+    first = tokenizer("", verbose=False)["input_ids"][:1]
+    return first if bos is not None and first == [bos] else []
+
+
 def byte_tokenizer(special_tokens: Iterable[str] = ("eos_token", "pad_token")) -> PreTrainedTokenizerFast:
     """Token i is byte i of the UTF-8 text; special tokens follow from 256 on."""
     # the printable stand-in for each byte, in the order in which GPT-2 assigns them
