@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_polyattn_arguments import TextArguments, check_numbers, mapping, parse_values
+from hf_polyattn_arguments import TextArguments, check_numbers
+from hf_polyattn_parsing import mapping, parse_values
 
 
 @dataclass

@@ -11,7 +11,8 @@ fair comparison; --shares 0.25 0.5 1 converts the heads that a polynomial follow
 seconds and starts from what pretrain_causal_lm's debug_cpu.yaml with --activation softmax has left in runs/softmax.
 """
 
-from hf_polyattn_arguments import AttentionArguments, answer_help, parse_arguments
+from hf_polyattn_arguments import AttentionArguments
+from hf_polyattn_parsing import answer_help, parse_arguments
 from hf_polyattn_scripts import run_script
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 

@@ -19,9 +19,8 @@ from hf_polyattn_arguments import (
     OptimizationArguments,
     RunArguments,
     TextArguments,
-    answer_help,
-    parse_arguments,
 )
+from hf_polyattn_parsing import answer_help, parse_arguments
 from hf_polyattn_scripts import run_script
 
 

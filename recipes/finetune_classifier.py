@@ -17,10 +17,9 @@ from hf_polyattn_arguments import (
     ModelArguments,
     OptimizationArguments,
     RunArguments,
-    answer_help,
     check_numbers,
-    parse_arguments,
 )
+from hf_polyattn_parsing import answer_help, parse_arguments
 from hf_polyattn_scripts import run_script
 
 

@@ -15,10 +15,9 @@ from hf_polyattn_arguments import (
     OptimizationArguments,
     RunArguments,
     TextArguments,
-    answer_help,
     check_numbers,
-    parse_arguments,
 )
+from hf_polyattn_parsing import answer_help, parse_arguments
 from hf_polyattn_scripts import run_script
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from study_checkpoints import name_of, rows_of, shown, write_rows
 
 from hf_polyattn.converting.report import TUNED
-from hf_polyattn_arguments import mapping
+from hf_polyattn_parsing import mapping
 from hf_polyattn_stages import STAGES, ConversionArguments, ConversionTextArguments
 
 HERE = Path(__file__).parent

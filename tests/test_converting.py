@@ -450,7 +450,7 @@ def test_finished_conversions_are_collected_once(teachers, text, tmp_path, monke
 
 @pytest.mark.parametrize("name", ["causal_lm", "encoder", "debug_cpu"])
 def test_configurations_are_whole(name, monkeypatch, tmp_path):
-    from hf_polyattn_arguments import parse_arguments
+    from hf_polyattn_parsing import parse_arguments
 
     root = Path(__file__).resolve().parents[1]
     monkeypatch.chdir(root)

@@ -1,4 +1,4 @@
-"""patch_model and its relatives: what they change, what they leave alone, what they refuse."""
+"""patch_model and its relatives: what they change, and what they leave alone."""
 
 import copy
 import logging
@@ -18,56 +18,26 @@ from models import (
     tiny,
     tiny_config,
 )
-from torch import nn
+from patch_traces import refuses, traces
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    BloomConfig,
-    BloomForCausalLM,
     GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
-    Qwen2Config,
-    Qwen2Model,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
 )
 
 import hf_polyattn
 from hf_polyattn import (
     PolyAttentionConfig,
-    architectures,
     coverage,
     ops,
     patch_model,
     patched,
     set_backend,
     unpatch_model,
-    versions,
 )
 from hf_polyattn.models import states
 from hf_polyattn.state import PolyAttentionState
-
-T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
-QWEN2_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 16}
-QWEN2_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-
-def traces(model):
-    """Everything about a model that a patch could leave behind."""
-    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
-    classes = {name: type(module) for name, module in model.named_modules()}
-    names = (model.config._attn_implementation, model.name_or_path, *(model.model_tags or ()))
-    return classes, attributes, hooks, list(model.state_dict()), model.config.to_dict(), names
-
-
-def refuses(match, model, *args, error=ValueError, **options):
-    with pytest.raises(error, match=match):
-        patch_model(model, *args, **options)
-
 
 # what a patch does
 
@@ -434,149 +404,3 @@ def test_failed_second_patch_keeps_the_first():
     assert traces(model) == before
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert torch.equal(output(model), expected)
-
-
-# what a patch refuses
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """The entries of architectures; those that a test adds go with it."""
-    entries = dict(architectures._REGISTRY)
-    monkeypatch.setattr(architectures, "_REGISTRY", entries)
-    return entries
-
-
-def test_architectures_that_no_entry_would_help_are_refused_with_the_reason(registry):
-    bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=16))
-    mamba = MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=16))
-    t5 = T5ForConditionalGeneration(T5Config(**T5_SIZES))
-    for model, match in (
-        (bloom, "BloomForCausalLM computes its attention by itself"),
-        (mamba, "MambaForCausalLM has no module .* nothing to patch"),
-        (t5, "T5Attention of T5ForConditionalGeneration reads a copy of the model's configuration"),
-    ):
-        for function in (patch_model, coverage):
-            with pytest.raises(ValueError, match=match) as caught:
-                function(model)
-            assert "register_architecture" not in str(caught.value)
-    hf_polyattn.register_architecture("bloom", ["BloomAttention"])
-    refuses("computes its attention by itself", bloom)
-    # were it patched, its encoder and decoder would go on with softmax
-    hf_polyattn.register_architecture("t5", ["T5Attention"], initial_spread=lambda module: 1.0)
-    refuses("reads a copy of the model's configuration", t5)
-
-
-def test_architectures_without_an_entry_are_refused_with_the_classes_of_the_model(registry):
-    qwen = Qwen2Model(Qwen2Config(**QWEN2_SIZES))
-    refuses(r"no entry for architecture 'qwen2'; .*register_architecture\('qwen2', \['Qwen2Attention'\]\)", qwen)
-    # the layers around the attention are called so too
-    refuses(r"register_architecture\('t5', \['T5Attention'\]\)", T5EncoderModel(T5Config(**T5_SIZES)))
-    hf_polyattn.register_architecture("qwen2", ["Qwen2Attention"])
-    assert coverage(patch_model(qwen)).total == 1
-
-
-def test_a_field_that_the_configuration_lacks_is_named(registry, monkeypatch):
-    model = T5EncoderModel(T5Config(**T5_SIZES))
-    hf_polyattn.register_architecture("t5", ["T5Attention"])
-    before = traces(model)
-    refuses("T5Config has no field 'initializer_range'.* give register_architecture initial_spread=", model)
-    assert traces(model) == before
-    monkeypatch.setattr(T5Config, "attribute_map", {"hidden_size": "d_model", "head_dim": "d_kv"})
-    refuses("T5Config has no field 'num_attention_heads'.* give register_architecture num_heads=", model)
-
-
-def test_an_entry_that_misses_attention_classes_is_refused(monkeypatch):
-    monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("BertSelfAttention",)))
-    refuses("does not cover .*crossattention", tiny("bert-cross"))
-    monkeypatch.setitem(architectures._REGISTRY, "bert", architectures.Architecture("bert", ("Nothing",)))
-    refuses("has no module of class Nothing", tiny("bert", AutoModel))
-
-
-def test_things_that_are_no_transformers_model_are_refused():
-    refuses("polynomial_attention", nn.Linear(2, 2), error=TypeError)
-    with pytest.raises(TypeError):
-        coverage(nn.Linear(2, 2))
-    for thing in ("gpt2", tiny_config("gpt2"), GPT2LMHeadModel):
-        for function in (patch_model, unpatch_model, coverage):
-            with pytest.raises(TypeError, match="load one first, for example .*from_pretrained"):
-                function(thing)
-    refuses("got NoneType", None, error=TypeError)
-
-
-def test_wrapped_and_compiled_models_are_refused(tmp_path):
-    model = tiny("gpt2")
-    refuses("compiled: patch or unpatch it first", torch.compile(model))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        refuses("DistributedDataParallel: patch or unpatch it first", wrapped)
-        sharded = tiny("gpt2")
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        torch.distributed.fsdp.fully_shard(sharded.transformer.h[0], mesh=mesh)
-        refuses("wrapped in FSDPGPT2Block: patch or unpatch it first", sharded)
-    finally:
-        torch.distributed.destroy_process_group()
-    patch_model(model)
-    for method in (unpatch_model, lambda m: patch_model(m, degree=2)):
-        with pytest.raises(ValueError, match="compiled"):
-            method(torch.compile(model))
-    model.compile()
-    refuses("compiled", model)
-
-
-@pytest.mark.parametrize(
-    ("match", "options"),
-    [
-        ("layers is empty", {"layers": []}),
-        ("layers names .2., but the model has 2", {"layers": [0, 2]}),
-        ("layers names .-3.", {"layers": [-3]}),
-        (r"heads\[1\] names .4., but that layer has 4 heads", {"heads": {1: [0, 4]}}),
-        ("heads names layers .2.", {"heads": {2: [0]}}),
-        ("heads names layers .0. that layers= leaves out", {"layers": [1], "heads": {0: [1]}}),
-        ("unknown activation 'cubic'", {"activation": "cubic"}),
-        ("degree must be an integer", {"degree": 0}),
-        ('"sum" needs weights of one sign', {"normalization": "sum"}),
-        ('"sum" needs weights of one sign', {"config": PolyAttentionConfig(normalization="sum")}),
-        ("relative to each row's maximum", {"activation": "softmax", "normalization": "length"}),
-        ("the tiled form knows polynomials only", {"activation": "relu", "backend": "tiled"}),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(match, options):
-    model = tiny("gpt2")
-    before = traces(model)
-    refuses(match, model, **options)
-    assert traces(model) == before
-
-
-def test_a_misspelt_option_is_refused_with_the_nearest_one():
-    model = tiny("gpt2")
-    for name, near in (("degre", "degree"), ("normalisation", "normalization"), ("calibrat", "calibrate")):
-        refuses(
-            f"no option '{name}'; did you mean '{near}'.*The options are .*alpha, .*budget",
-            model,
-            error=TypeError,
-            **{name: 3},
-        )
-    refuses("no option 'xyz'; The options are", model, xyz=1, error=TypeError)
-    with pytest.raises(TypeError, match="did you mean 'layers'"):
-        hf_polyattn.choose_heads(model, [batch_for(model)], layer=[0])
-    assert type(model) is GPT2LMHeadModel
-
-
-def test_unpatching_a_stock_model_is_refused():
-    with pytest.raises(ValueError, match="nothing to undo"):
-        unpatch_model(tiny("gpt2"))
-
-
-def test_versions_are_checked_before_anything_is_changed(monkeypatch):
-    model = tiny("gpt2")
-    monkeypatch.setitem(versions.SUPPORTED, "torch", versions.Range("99", "100", tested="99"))
-    refuses('pip install "torch>=99,<100"', model, error=ImportError)
-
-
-def test_asking_a_stock_model_for_polyattn_is_refused():
-    model = tiny("gpt2")
-    model.set_attn_implementation("polyattn")
-    with pytest.raises(ValueError, match="never patched"):
-        output(model)

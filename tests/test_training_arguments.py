@@ -11,7 +11,7 @@ from recipe_runs import RECIPES, recipe
 import hf_polyattn_arguments as args
 import hf_polyattn_scripts as scripts
 from hf_polyattn.config import PolyAttentionConfig
-from hf_polyattn_arguments import as_yaml, parse_arguments
+from hf_polyattn_parsing import as_yaml, parse_arguments
 
 GROUPS = (
     args.ModelArguments,

@@ -1,19 +1,18 @@
-"""Parameter groups, learning rate, exact averages, twins with equal weights, adapters, metrics, non-finite values."""
+"""Parameter groups, learning rate, exact averages, twins with equal weights, adapters, metrics."""
 
 import contextlib
 import importlib.util
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
+from training_models import batch, loss_of, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
 from hf_polyattn import coverage
@@ -24,7 +23,7 @@ from hf_polyattn.training import lora
 from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, load_trained
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses
 from hf_polyattn.training.models import build_model, replace_attention
-from hf_polyattn.training.nonfinite import NonFiniteError, find_nonfinite
+from hf_polyattn.training.nonfinite import NonFiniteError
 from hf_polyattn.training.optimization import (
     adamw,
     check_deepspeed_clipping,
@@ -42,34 +41,6 @@ from hf_polyattn_arguments import (
     OptimizationArguments,
     RunArguments,
 )
-
-TINY = {
-    "gpt2": "{n_layer: 2, n_head: 2, n_embd: 16}",
-    "llama": "{num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, hidden_size: 16,"
-    " intermediate_size: 24}",
-    "bert": "{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 16, intermediate_size: 24}",
-}
-
-
-def tiny(model_type="gpt2", seed=0, activation="softmax", auto=AutoModelForCausalLM, batches=(), **options):
-    model = build_model(
-        auto,
-        ModelArguments(model_type=model_type, model_config=TINY[model_type]),
-        byte_tokenizer(),
-        seed,
-        block_size=16,
-    )
-    return replace_attention(model, AttentionArguments(activation=activation, **options), batches)
-
-
-def batch(rows=4, length=12):
-    ids = torch.randint(0, 256, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()}
-
-
-def loss_of(model, batch):
-    return token_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"])
-
 
 # optimizer
 
@@ -444,72 +415,3 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path):
         pytest.skip("wandb is installed here")
     with pytest.raises((ValueError, ImportError), match="wandb"):
         Run(start_accelerator(optimization, args), args, optimization)
-
-
-# non-finite values
-
-
-class Poison(torch.autograd.Function):
-    """Identity with a gradient that is infinite."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.inf
-
-
-def test_finite_model_has_no_culprit():
-    assert find_nonfinite(tiny(activation="poly"), [batch()], loss_of) is None
-
-
-def test_first_bad_output_is_named_by_its_innermost_module():
-    model = tiny(activation="poly")
-    with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight.fill_(3e38)
-    assert find_nonfinite(model, [batch()], loss_of) == "the output of transformer.h.1.mlp.c_fc (Conv1D)"
-
-
-def test_bad_weight_is_named():
-    model = tiny()
-    with torch.no_grad():
-        model.transformer.h[0].attn.c_attn.weight[2, 2] = math.nan
-    assert find_nonfinite(model, [batch()], loss_of) == "the tensor transformer.h.0.attn.c_attn.weight itself"
-
-
-def test_bad_gradient_is_named_and_the_model_left_alone():
-    model = tiny(activation="poly")
-    block = model.transformer.h[0].mlp
-    forward = block.forward
-    block.forward = lambda x: Poison.apply(forward(x))
-    place = find_nonfinite(model, [batch()], loss_of)
-    assert place.startswith("the gradient that reaches the output of transformer.h.0.mlp")
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks for module in model.transformer.h.modules())
-
-
-def test_only_the_last_batch_is_bad():
-    model = tiny()
-    good, bad = batch(), batch()
-    bad["labels"] = bad["labels"].clone()
-    calls = []
-
-    def loss(model, batch):
-        sums, counts = loss_of(model, batch)
-        calls.append(1)
-        return sums * (math.nan if batch is bad else 1.0), counts
-
-    assert find_nonfinite(model, [good, bad], loss) == "the loss itself, from finite logits"
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_a_sharded_step_is_not_repeated(tmp_path, kind):
-    run = Run.__new__(Run)
-    run.accelerator, run.out, run._skipped = SimpleNamespace(distributed_type=kind, scaler=None), tmp_path, 0
-    nan, one = torch.tensor(math.nan), torch.tensor(1.0)
-    repeated = lambda *_: pytest.fail("the step was repeated")  # noqa: E731
-    with pytest.raises(NonFiniteError, match=f"loss is nan; first seen in some module .under {kind.value} the step"):
-        run.check_finite(3, nan, one, tiny(), [batch()], repeated)

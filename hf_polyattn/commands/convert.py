@@ -6,7 +6,8 @@ from pathlib import Path
 
 import transformers
 
-from hf_polyattn_arguments import AttentionArguments, parse_arguments
+from hf_polyattn_arguments import AttentionArguments
+from hf_polyattn_parsing import parse_arguments
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 
 GROUPS = (ConversionArguments, AttentionArguments, ConversionTextArguments)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from accelerate import PartialState
 
-from hf_polyattn_arguments import AttentionArguments, mapping
+from hf_polyattn_arguments import AttentionArguments
+from hf_polyattn_parsing import mapping
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments, FinetuneStage, common_settings
 
 from ..patching import coverage, patch_model

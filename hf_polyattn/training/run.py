@@ -25,7 +25,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_polyattn_arguments import Group, OptimizationArguments, RunArguments, as_yaml
+from hf_polyattn_arguments import OptimizationArguments, RunArguments
+from hf_polyattn_parsing import Group, as_yaml
 
 from ..figures import copy_beside, draw_losses
 from ..hub import CARD, push
