@@ -6,9 +6,10 @@ r"""Convert a pretrained softmax checkpoint: calibrate, transfer its attention, 
         --dataset sentences.txt --output_dir minilm-cubic --degree 2
 
 Each stage has a YAML file of its own beside the configuration, and is changed in one entry by --transfer.steps 100.
-The same command after a stop goes on where it stopped. --twin fine-tunes the softmax model on as many tokens, for a
-fair comparison; --shares 0.25 0.5 1 converts the heads that a polynomial follows best first. debug_cpu.yaml takes
-seconds and starts from what pretrain_causal_lm's debug_cpu.yaml with --activation softmax has left in runs/softmax.
+The same command after a stop goes on where it stopped; stages that are not finished may have other settings then.
+--twin fine-tunes the softmax model on as many tokens, for a fair comparison; --shares 0.25 0.5 1 converts the heads
+that a polynomial follows best first. debug_cpu.yaml takes seconds and starts from what pretrain_causal_lm's
+debug_cpu.yaml with --activation softmax has left in runs/softmax.
 """
 
 from hf_polyattn_arguments import AttentionArguments

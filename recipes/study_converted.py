@@ -17,6 +17,7 @@ from typing import Any
 from study_checkpoints import name_of, rows_of, shown, write_rows
 
 from hf_polyattn.converting.report import TUNED
+from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_parsing import mapping
 from hf_polyattn_stages import STAGES, ConversionArguments, ConversionTextArguments
 
@@ -24,6 +25,7 @@ HERE = Path(__file__).parent
 KEY = ("checkpoint", "attention", "settings", "stage", "seed", "steps")
 # shown elsewhere in a row, or without effect on what it says
 ELSEWHERE = {"model", "output_dir", "seed", "stages", *STAGES, "twin", "keep_stages", "save_steps", "num_workers"}
+ELSEWHERE |= {"activation", "degree", "normalization", "coefficients", "qk_norm", "backend"}
 
 
 def attention_of(attention: dict[str, Any]) -> str:
@@ -37,14 +39,14 @@ def attention_of(attention: dict[str, Any]) -> str:
 
 
 def settings_of(results: dict[str, Any]) -> str:
-    """What a conversion was told besides its attention: stages and data with all that differs from the defaults."""
+    """What a conversion was told besides what `attention_of` shows: its stages, and all that is not as by default."""
     arguments = results["arguments"]
     kinds = [row["stage"].split()[0] for row in results["stages"]["rows"][2:]]
     named = {kind: mapping(kind, arguments[kind]) for kind in STAGES}
     # of default stages an older version has written no plan
     plan = results["plan"] or [[kind, named[kind]] for kind in dict.fromkeys(kinds)]
     parts = [" ".join([kind, *_changed(settings, STAGES[kind])]) for kind, settings in plan]
-    for group in (ConversionArguments, ConversionTextArguments):
+    for group in (ConversionArguments, AttentionArguments, ConversionTextArguments):
         parts += _changed({n: v for n, v in arguments.items() if n not in ELSEWHERE}, group)
     return "; ".join(parts)
 

@@ -46,6 +46,7 @@ CHANGES = {
     "shares": {"shares": [0.5, 1.0]},
     "rates": {"plan": [["finetune", {"steps": 500, "learning_rate": 0.01}]]},
     "batch_size": {"batch_size": 4},
+    "layers": {"layers": [0]},
     "data": {"dataset": "other.txt"},
 }
 
