@@ -22,7 +22,7 @@ from hf_polyattn import versions
 from hf_polyattn.versions import SUPPORTED, check_versions
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-MODULES = {f"hf_polyattn_{name}.py" for name in ("arguments", "cli", "scripts", "stages")}
+MODULES = {f"hf_polyattn_{name}.py" for name in ("arguments", "cli", "parsing", "scripts", "stages")}
 
 
 # --- sdist and wheel
