@@ -296,7 +296,7 @@ def test_patch_and_card_report_as_json(stock, tmp_path, capsys):
     assert report["config"]["degree"] == 2
     assert "trained for softmax" in report["advice"]
     report = json.loads(run(capsys, "card", out, "--license", "mit", "--json")[1])
-    assert report == {"card": str(out / "README.md"), "figure": None, "results": None, "twin": None}
+    assert report == {"card": str(out / "README.md"), "figure": None, "norms": None, "results": None, "twin": None}
     assert (out / "README.md").exists()
 
 
