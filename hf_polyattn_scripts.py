@@ -3,9 +3,11 @@
 A module of its own beside the package, because importing anything below `hf_polyattn` imports torch.
 """
 
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ DEBUG = "HF_POLYATTN_DEBUG"
 """Set in the environment, it shows the traceback of an error that would be one line."""
 
 
+class TrainingStoppedError(RuntimeError):
+    """Training cannot go on, for its rates or its data; the message says where it stopped and what may help."""
+
+
 def exit_status(
     program: str,
     work: Callable[[], Any],
-    expected: tuple[type[Exception], ...] = (ValueError, OSError),
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, TrainingStoppedError),
     debug: bool = False,
 ) -> int:
     """Exit status of a script that does `work`: 0, 1 after an error of the user's, 130 after Ctrl-C.
@@ -25,7 +31,8 @@ def exit_status(
         for the traceback. Others keep theirs.
     """
     try:
-        work()
+        with contextlib.nullcontext() if debug else quiet_neighbours():
+            work()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -38,6 +45,18 @@ def exit_status(
         print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def quiet_neighbours() -> Iterator[None]:
+    """Leaves out what bitsandbytes says of kernels that it lacks: PEFT imports it, and nothing here asked for it."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_polyattn_scripts import TrainingStoppedError
+
 from .observing import as_inputs, real_tokens
 from .patchable import base_model
 
@@ -45,7 +47,7 @@ class EarlyStop:
     patience: int
 
 
-class DivergedError(RuntimeError):
+class DivergedError(TrainingStoppedError):
     """Training led nowhere: losses that are not finite, or no lower than before. Lower rates may help."""
 
 

@@ -1,6 +1,7 @@
 """YAML first, command line on top, field docs as help, near matches for unknown keys."""
 
 import dataclasses
+import logging
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from recipe_runs import RECIPES, recipe
 import hf_polyattn_arguments as args
 import hf_polyattn_scripts as scripts
 from hf_polyattn.config import PolyAttentionConfig
+from hf_polyattn.steps import DivergedError
+from hf_polyattn.training.nonfinite import NonFiniteError
 from hf_polyattn_parsing import as_yaml, parse_arguments
 
 GROUPS = (
@@ -181,6 +184,8 @@ def raiser(error):
         (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: a.txt"),
         (ValueError("the text is short"), "the text is short"),
         (ValueError(), "ValueError"),
+        (NonFiniteError("loss nan in step 3"), "loss nan in step 3"),
+        (DivergedError("loss nan in step 3"), "loss nan in step 3"),
     ],
 )
 def test_a_script_answers_a_mistake_with_one_line(error, line, monkeypatch, capsys):
@@ -189,6 +194,13 @@ def test_a_script_answers_a_mistake_with_one_line(error, line, monkeypatch, caps
     monkeypatch.setenv(scripts.DEBUG, "1")
     with pytest.raises(type(error)):
         scripts.run_script(raiser(error))
+
+
+def test_a_script_leaves_out_what_others_say_of_bitsandbytes(monkeypatch, capfd):
+    said = logging.getLogger("bitsandbytes.backends")
+    assert exit_status_of(lambda: said.warning("a kernel is missing"), monkeypatch) == 0
+    assert "a kernel" not in capfd.readouterr().err
+    assert said.isEnabledFor(logging.WARNING)
 
 
 def test_a_script_shows_where_the_unexpected_happened(monkeypatch, capsys):

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_polyattn_scripts import TrainingStoppedError
+
 from .losses import Loss
 
 REMEDY = (
@@ -18,7 +20,7 @@ NOT_REPEATABLE = "no single module (a repetition gave finite values: it depends 
 SHARDED = "some module (under {} the step is not repeated to find which: no process holds the whole model)"
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(TrainingStoppedError):
     """Training met NaN or infinity; the message names step, module and remedy."""
 
 
