@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from models import padded_batches, tiny
+from models import padded_batches, patched_tiny, tiny
+from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from hf_polyattn import patch_model, set_backend
@@ -108,3 +109,18 @@ def test_quantised_bases_are_patched_calibrated_and_saved(kind, tmp_path):
     # without gradients, as in calibration, bitsandbytes repacks 4-bit weights and rounds their scales
     tolerance = 1e-2 if kind == "load_in_4bit" else 0
     torch.testing.assert_close(again(**batch).logits, expected, rtol=0, atol=tolerance)
+
+
+def test_the_learned_numbers_are_in_the_safetensors_header(tmp_path):
+    """Format and tensors as any tool reads them, the Hub's viewer too: no pickle, nothing but tensors."""
+    model = patched_tiny("llama", double=False)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        names = [name for name in file.keys() if "polyattn" in name]  # noqa: SIM118
+        found = {name: file.get_tensor(name) for name in names}
+    learned = {name: p for name, p in model.state_dict().items() if "polyattn" in name}
+    assert found.keys() == learned.keys()
+    assert {name.rpartition(".")[2] for name in found} >= {"alpha", "beta", "gain", "coefficients"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, learned[name]), name
