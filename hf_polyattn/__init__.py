@@ -32,6 +32,9 @@ register_architecture(
     query_key=linear_query_key("query", "key"),
     output_projection=".output.dense",
 )
+register_architecture(
+    "vit", ["ViTAttention"], query_key=linear_query_key("q_proj", "k_proj"), output_projection="o_proj"
+)
 
 __all__ = [
     "Coverage",

@@ -6,6 +6,8 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -16,11 +18,14 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    ViTConfig,
 )
 
 import hf_polyattn
 
 LAYERS, HEADS, WIDTH, VOCAB, POSITIONS = 2, 4, 32, 64, 64
+# of images: 9 patches and the class token
+IMAGE, PATCH = 6, 2
 TOKENS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 # projections of queries, keys, values and outputs
 PROJECTIONS = ("c_attn", "q_attn", "c_proj", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value")
@@ -48,6 +53,7 @@ AUTO_CLASSES = {
         AutoModelForTokenClassification,
         AutoModelForQuestionAnswering,
     ),
+    "vit": (AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling),
     "bert-decoder": (AutoModel, AutoModelForCausalLM),
     "gpt2-cross": (AutoModel, AutoModelForCausalLM),
     "bert-cross": (AutoModel, AutoModelForCausalLM),
@@ -64,6 +70,10 @@ def tiny_config(family: str, **options) -> PretrainedConfig:
         cross = family == "gpt2-cross"
         return GPT2Config(**{**sizes, "vocab_size": VOCAB, "add_cross_attention": cross, **TOKENS, **options})
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": VOCAB}
+    if family == "vit":
+        sizes = {name: size for name, size in sizes.items() if name != "vocab_size"} | {"intermediate_size": 2 * WIDTH}
+        sizes |= {"image_size": IMAGE, "patch_size": PATCH, "encoder_stride": PATCH, "num_channels": 1}
+        return ViTConfig(**{**sizes, **options})
     sizes |= {"intermediate_size": 2 * WIDTH, "max_position_embeddings": POSITIONS}
     if family.startswith("bert"):
         decoder = {"is_decoder": family != "bert", "add_cross_attention": family == "bert-cross"}
@@ -112,7 +122,10 @@ def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 
 
 def batch_for(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs that suit the model: ids, and states of another sequence of 5 for models with cross-attention."""
+    """Inputs that suit the model: images, or ids, with states of another sequence of 5 for cross-attention."""
+    if model.main_input_name == "pixel_values":
+        generator = torch.Generator().manual_seed(seed)
+        return {"pixel_values": torch.randn(batch, 1, IMAGE, IMAGE, generator=generator).to(model.dtype)}
     inputs = {"input_ids": token_ids(batch, length, seed)}
     if getattr(model.config, "add_cross_attention", False):
         generator = torch.Generator().manual_seed(seed + 1)
@@ -123,7 +136,9 @@ def batch_for(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int
 def padded_batches(model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
     """Two batches, the first with its first sequence padded on the right from position 6 on."""
     batches = [batch_for(model, seed=seed) for seed in (1, 2)]
-    mask = torch.ones_like(batches[0]["input_ids"])
+    # images come as their patches and one class token more
+    length = (IMAGE // PATCH) ** 2 + 1 if "pixel_values" in batches[0] else batches[0]["input_ids"].shape[1]
+    mask = torch.ones(2, length, dtype=torch.long)
     mask[0, 6:] = 0
     return [{**batches[0], "attention_mask": mask}, batches[1]]
 

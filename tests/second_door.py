@@ -34,16 +34,17 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @torch.no_grad()
 def examine(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict:
-    ids, mask = expected["input_ids"], expected["attention_mask"]
+    inputs = {name: expected[name] for name in ("input_ids", "pixel_values") if name in expected}
+    mask = expected["attention_mask"]
     shown = mask.bool()
     found = {
         "class": f"{type(model).__name__}",
         "module": type(model).__module__,
-        "padded": distance(model(ids, attention_mask=mask)[0][shown], expected["padded"][shown]),
-        "whole": distance(model(ids)[0], expected["whole"]),
+        "padded": distance(model(**inputs, attention_mask=mask)[0][shown], expected["padded"][shown]),
+        "whole": distance(model(**inputs)[0], expected["whole"]),
         "state": sum(".polyattn." in name for name, _ in model.named_parameters()),
     }
-    attentions = model(ids, attention_mask=mask, output_attentions=True).attentions
+    attentions = model(**inputs, attention_mask=mask, output_attentions=True).attentions
     found["weights"] = max(distance(one, expected[f"weights.{i}"]) for i, one in enumerate(attentions))
     if "generated" in expected:
         for name, options in {
@@ -51,7 +52,7 @@ def examine(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> dict:
             "no_cache": {"use_cache": False},
             "static": {"cache_implementation": "static"},
         }.items():
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **options)
+            out = model.generate(**inputs, attention_mask=mask, max_new_tokens=6, do_sample=False, **options)
             found[name] = torch.equal(out, expected["generated"])
     return found
 

@@ -181,13 +181,13 @@ def test_multiple_choice_is_measured_on_all_choices():
 # the default without batches
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "gpt2-cross"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit", "gpt2-cross"])
 def test_analytic_spread_is_near_the_measured_one_at_initialisation(family):
     wide = {"n_embd": 128} if family.startswith("gpt2") else {"hidden_size": 128, "intermediate_size": 128}
     if family == "llama":
         wide["num_key_value_heads"] = 4
     model = patch_model(tiny(family, AUTO_CLASSES[family][1], factor=1.0, **wide))
-    inputs = {"input_ids": token_ids(4, 32)}
+    inputs = batch_for(model, 4, 32)
     if "cross" in family:
         inputs["encoder_hidden_states"] = torch.randn(4, 32, 128, dtype=torch.float64)
     predicted = {name: 1 / state.alpha.clone() for name, state in states(model).items()}

@@ -11,13 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     BertConfig,
     BertModel,
+    DeiTConfig,
+    DeiTModel,
     Gemma2Config,
     Gemma2ForCausalLM,
-    ViTConfig,
-    ViTModel,
 )
 
 import hf_polyattn
@@ -275,7 +274,7 @@ MODELS = [(family, patch) for family in (*AUTO_CLASSES, "mistral") for patch in 
 
 
 def build(family, patch, **settings):
-    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    auto = AutoModelForCausalLM if family == "mistral" else AUTO_CLASSES[family][1]
     return patched_tiny(family, auto, poly=settings) if patch else tiny(family, auto)
 
 
@@ -310,16 +309,16 @@ def test_models_are_measured_as_they_are(family, patch):
 def unregistered(name):
     """A stock model that nobody has registered for patching, and inputs: windows and softcap, or no mask at all."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    if name == "vit":
-        config = ViTConfig(**sizes, image_size=32, patch_size=8, initializer_range=0.3)
-        return ViTModel(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if name == "deit":
+        config = DeiTConfig(**sizes, image_size=32, patch_size=8, initializer_range=0.3)
+        return DeiTModel(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
     config = Gemma2Config(
         **sizes, head_dim=8, num_key_value_heads=2, vocab_size=64, sliding_window=4, initializer_range=0.5
     )
     return Gemma2ForCausalLM(config), {"input_ids": torch.randint(2, 60, (2, 9))}
 
 
-@pytest.mark.parametrize("name", ["vit", "gemma2"])
+@pytest.mark.parametrize("name", ["deit", "gemma2"])
 def test_stock_models_that_cannot_be_patched_are_measured_too(name):
     model, batch = unregistered(name)
     model.eval()

@@ -90,7 +90,9 @@ def workplace(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / HUB_MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
-    stock = {name: entry for name, entry in architectures._REGISTRY.items() if name in ("gpt2", "llama", "bert")}
+    stock = {
+        name: entry for name, entry in architectures._REGISTRY.items() if name in ("gpt2", "llama", "bert", "vit")
+    }
     monkeypatch.setattr(architectures, "_REGISTRY", stock)
     return tmp_path
 

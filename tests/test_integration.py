@@ -26,6 +26,7 @@ from transformers import (
     AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -49,7 +50,7 @@ CROSS = [("gpt2-cross", AutoModelForCausalLM), ("bert-cross", AutoModelForCausal
 # attention maps
 
 
-@pytest.mark.parametrize(("family", "auto"), [*FAMILIES, *CROSS])
+@pytest.mark.parametrize(("family", "auto"), [*FAMILIES, *CROSS, ("vit", AutoModelForImageClassification)])
 @pytest.mark.parametrize("poly", [{}, {"layers": (0,)}, {"heads": {0: (1,)}}, {"activation": "relu"}], ids=str)
 def test_attention_maps_are_the_weights_that_made_the_output(family, auto, poly):
     model = patched_tiny(family, auto, poly=poly)
@@ -72,7 +73,8 @@ def test_attention_maps_are_the_weights_that_made_the_output(family, auto, poly)
     assert plain.attentions is None
     maps = list(out.attentions)
     assert len(maps) == LAYERS
-    assert all(m.shape == (2, HEADS, 9, 9) for m in maps)
+    length = 10 if family == "vit" else 9
+    assert all(m.shape == (2, HEADS, length, length) for m in maps)
     if "cross" in family:
         assert [tuple(m.shape) for m in out.cross_attentions] == [(2, HEADS, 9, 5)] * LAYERS
         maps = [m for pair in zip(maps, out.cross_attentions, strict=True) for m in pair]
@@ -81,7 +83,7 @@ def test_attention_maps_are_the_weights_that_made_the_output(family, auto, poly)
         assert shown is weights
         value = value.repeat_interleave(HEADS // value.shape[1], 1)
         assert torch.allclose((shown @ value).transpose(1, 2), made, rtol=1e-9, atol=1e-10)
-        if shown.shape[-1] == 9 and family != "bert":
+        if shown.shape[-1] == 9 and family not in ("bert", "vit"):
             assert (shown.triu(1) == 0).all()
     assert model(**inputs).attentions is None
 

@@ -200,7 +200,7 @@ def test_number_of_labels_may_change(tmp_path):
 
 @pytest.mark.parametrize("source", ["head", "body"])
 @pytest.mark.parametrize(
-    ("family", "auto"), [(f, auto) for f in ("gpt2", "llama", "bert") for auto in AUTO_CLASSES[f][:3]]
+    ("family", "auto"), [(f, auto) for f in ("gpt2", "llama", "bert", "vit") for auto in AUTO_CLASSES[f][:3]]
 )
 def test_missing_state_takes_the_documented_start(tmp_path, family, auto, source, deterministic):
     model = saved(tmp_path, family, AUTO_CLASSES[family][source == "head"], "all-learned")

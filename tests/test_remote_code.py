@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import batch_for, patched_tiny, tiny, token_ids
+from models import batch_for, padded_batches, patched_tiny, tiny
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 import hf_polyattn
 from hf_polyattn.models import states
@@ -30,6 +30,7 @@ CASES = {
     "bert-fixed": ("bert", AutoModelForMaskedLM, {"coefficients": (0.5, 1.0, 0.5), "normalization": "sum"}),
     "bert-relu": ("bert", AutoModelForMaskedLM, {"activation": "relu"}),
     "gpt2-sigmoid-part": ("gpt2", AutoModelForCausalLM, {"activation": "sigmoid", "layers": (1,), "qk_norm": True}),
+    "vit-learned": ("vit", AutoModel, {"degree": 3}),
     "mistral-softmax": ("mistral", AutoModelForCausalLM, {"activation": "softmax", "gain": 0.7}),
 }
 EPSILON = torch.finfo(torch.float64).eps
@@ -38,14 +39,13 @@ EPSILON = torch.finfo(torch.float64).eps
 @torch.no_grad()
 def expectations(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Inputs, one of them padded on the left, and what the plugin makes of them."""
-    ids = token_ids()
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    out = {"input_ids": ids, "attention_mask": mask, "whole": model(ids)[0]}
-    padded = model(ids, attention_mask=mask, output_attentions=True)
+    inputs = batch_for(model)
+    mask = padded_batches(model)[0]["attention_mask"].flip(1)
+    out = {**inputs, "attention_mask": mask, "whole": model(**inputs)[0]}
+    padded = model(**inputs, attention_mask=mask, output_attentions=True)
     out |= {"padded": padded[0], **{f"weights.{i}": w for i, w in enumerate(padded.attentions)}}
     if model.can_generate():
-        out["generated"] = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        out["generated"] = model.generate(**inputs, attention_mask=mask, max_new_tokens=6, do_sample=False)
     return {name: tensor.contiguous().clone() for name, tensor in out.items()}
 
 
@@ -107,7 +107,7 @@ def test_without_the_plugin_the_code_beside_the_weights_gives_equal_results(firs
     if "cache" in found:
         assert (found["cache"], found["no_cache"], found["static"]) == (True, True, True)
     else:
-        assert name.startswith("bert")
+        assert name.startswith(("bert", "vit"))
     assert (found["state"] > 0) == ("learned" in name)
 
 
