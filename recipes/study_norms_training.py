@@ -1,25 +1,33 @@
-"""Norms of the attention and of its Jacobian while a small GPT-2 trains, by activation (arXiv 2410.18613, section 5).
+"""Norms of the attention and of its Jacobian while small models train, by activation (arXiv 2410.18613, section 5).
 
     python recipes/study_norms_training.py --data tinyshakespeare.txt
+    python recipes/study_norms_training.py --data tinyshakespeare.txt --models llama --only softmax scaled --seeds 1 2
     python recipes/study_norms_training.py --quick
 
-Each run is `pretrain_causal_lm.py` with `configs/pretrain_causal_lm/shakespeare_char_0.8m.yaml`, 100 steps instead of
-2,000, and what its row says; one seed. All heads are measured every 10 steps. Writes OUT.csv (step by step),
-OUT_runs.csv (one line a run: loss, what measuring cost, command) and OUT.png. A run takes less than a minute on one
-CPU core; finished ones are kept. --quick: a smaller model on Python's own source, 12 steps each, in seconds.
+GPT-2 runs are `pretrain_causal_lm.py` with `configs/pretrain_causal_lm/shakespeare_char_0.8m.yaml`, 100 steps instead
+of 2,000, and what their row says. LLaMA and BERT have the same recipe and the shapes of `study_parity.py`; ViT is that
+of `study_vision.py` on digits, 102 steps. All heads are measured every 10 steps; an early, a middle and the last layer
+are kept. Writes OUT.csv (step by step), OUT_runs.csv (one line a run: loss, what measuring cost, command) and a figure
+a model, OUT.png for GPT-2 and OUT_MODEL.png for the others. A run takes less than a minute on one CPU core; finished
+ones are kept. --quick: smaller models on Python's own source and on the digits, 12 steps each, in seconds.
 """
 
 import argparse
 import csv
+import dataclasses
+import importlib
+import itertools
+import json
 import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
-SEED = 1337
+MODELS = {"gpt2": "GPT-2", "llama": "LLaMA", "bert": "BERT", "vit": "ViT"}
 MEASURED = ("frobenius", "jacobian", "score_spread", "dead_share", "effective_keys", "output_rms")
 INTERVAL = 100
 """Steps between measurements that the overhead is stated for: the default of the callback, and the guide's advice."""
@@ -51,30 +59,88 @@ VARIANTS: dict[str, tuple[str, str, str, str]] = {
 }
 SHORT = "--warmup_steps 20 --validation_fraction 0.02"
 """What a shorter run needs beside fewer steps: a warm-up in proportion, and less to evaluate on."""
-QUICK = (
-    "--dataset stdlib --stdlib_bytes 100000 --tokenizer bytes --max_steps 12 --warmup_steps 2 --block_size 32 "
-    "--model_config.n_layer 3 --model_config.n_embd 32 --model_config.n_head 2"
-)
+QUICK = "--dataset stdlib --stdlib_bytes 100000 --tokenizer bytes --max_steps 12 --warmup_steps 2 --block_size 32"
+QUICK_SHAPES = {
+    "gpt2": {"n_layer": 3, "n_embd": 32, "n_head": 2},
+    "llama": {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64},
+    "bert": {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64},
+}
 
 
-def run(name: str, shared: list[str], output: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One training run: its rows of OUT.csv, and its row of OUT_runs.csv."""
-    import json
+def train_text(model: str, words: list[str], quick: bool, output: Path) -> tuple[dict[str, Any], float, str]:
+    """One run of a recipe: its results, none where it diverged; seconds a step without measuring; the command."""
+    # beside this file, as a script finds them
+    from study_parity import FAMILIES
 
-    # beside this file, as a script finds it
-    from pretrain_causal_lm import main as pretrain
-
-    from hf_polyattn.diagnostics import read_reports
     from hf_polyattn.training.diagnosing import LINES
     from hf_polyattn.training.nonfinite import NonFiniteError
 
-    changes = [*VARIANTS[name][1].split(), *shared, "--seed", str(SEED)]
-    note, results = "", {}
+    recipe = "pretrain_masked_lm" if model == "bert" else "pretrain_causal_lm"
+    if model != "gpt2":
+        words = ["--model_type", model, "--model_config", json.dumps(FAMILIES[model].shape), *words]
+    if quick:
+        words += [word for name, size in QUICK_SHAPES[model].items() for word in (f"--model_config.{name}", str(size))]
+    results: dict[str, Any] = {}
     try:
-        results = pretrain([str(CONFIG), *changes, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"])
+        arguments = [str(CONFIG), *words, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"]
+        results = importlib.import_module(recipe).main(arguments)
     except NonFiniteError as error:
         # that a form diverges is a result too
-        note = str(error).split(";")[0]
+        results["note"] = str(error).split(";")[0]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # not every step has a line, and the last may have none
+    steps, seconds = max((line["step"], line.get("seconds", 0)) for line in lines if "seconds" in line)
+    measured = [json.loads(line) for line in (output / LINES).read_text().splitlines()]
+    step_seconds = (seconds - sum(line["seconds"] for line in measured if line["step"] <= steps)) / steps
+    shown = [f"'{word}'" if " " in word else word for word in words]
+    return results, step_seconds, " ".join([f"python recipes/{recipe}.py", CONFIG.name, *shown])
+
+
+def train_images(name: str, seed: int, quick: bool, every: int, output: Path) -> tuple[dict[str, Any], float, str]:
+    """As `train_text`, for the ViT of study_vision.py."""
+    import study_vision as vision
+
+    from hf_polyattn.diagnostics import attention_statistics
+    from hf_polyattn.diagnostics.report import append_report
+    from hf_polyattn.training.diagnosing import LINES, first_sequences
+
+    setup = dataclasses.replace(vision.DIGITS, epochs=6)
+    if quick:
+        setup = dataclasses.replace(vision.QUICK, layers=3, epochs=1, batch_size=90)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / LINES).unlink(missing_ok=True)
+    costs = []
+
+    def watch(step: int, steps: int, model: Any, batch: dict[str, Any]) -> None:
+        if step in (1, steps) or step % every == 0:
+            start = time.process_time()
+            report = attention_statistics(model, [first_sequences(batch)])
+            costs.append(time.process_time() - start)
+            append_report(output / LINES, step, report, seconds=round(costs[-1], 4))
+
+    results = vision.train(setup, VARIANTS[name][1], vision.digits(seed, setup.image), seed, watch)
+    step_seconds = (results["seconds"] - sum(costs)) / results["steps"]
+    words = f"--models vit --only {name} --seeds {seed}{' --quick' * quick}"
+    return results, step_seconds, f"python recipes/study_norms_training.py {words}"
+
+
+def run(
+    model: str, name: str, seed: int, shared: list[str], quick: bool, output: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One training run: its rows of OUT.csv, and its row of OUT_runs.csv."""
+    import torch
+    import transformers
+
+    import hf_polyattn
+    from hf_polyattn.diagnostics import read_reports
+    from hf_polyattn.training.diagnosing import LINES
+
+    if model == "vit":
+        results, step_seconds, command = train_images(name, seed, quick, 4 if quick else 10, output)
+    else:
+        words = [*VARIANTS[name][1].split(), *shared, "--seed", str(seed)]
+        results, step_seconds, command = train_text(model, words, quick, output)
+    key = {"model": model, "variant": name, "seed": seed}
     reports = read_reports(output / LINES)
     rows = []
     for step, report in reports.items():
@@ -82,24 +148,14 @@ def run(name: str, shared: list[str], output: Path) -> tuple[list[dict[str, Any]
         # an early, a middle and the last one
         for layer in (0, len(modules) // 2, len(modules) - 1):
             means = {key: f"{modules[layer][key].mean().item():.5g}" for key in MEASURED}
-            rows.append({"variant": name, "step": step, "layer": layer, **means})
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    # not every step has a line, and the last may have none
-    steps, seconds = max((line["step"], line.get("seconds", 0)) for line in lines if "seconds" in line)
-    measured = [json.loads(line) for line in (output / LINES).read_text().splitlines()]
-    cost = statistics.median(line["seconds"] for line in measured)
-    step_seconds = (seconds - sum(line["seconds"] for line in measured if line["step"] <= steps)) / steps
-    import torch
-    import transformers
-
-    import hf_polyattn
-
+            rows.append({**key, "step": step, "layer": layer, **means})
+    cost = statistics.median(json.loads(line)["seconds"] for line in (output / LINES).read_text().splitlines())
+    loss = results.get("validation_loss", "")
     return rows, {
-        "variant": name,
-        "seed": SEED,
+        **key,
         "steps": max(reports),
-        "validation_loss": round(results["validation_loss"], 4) if results else "",
-        "note": note,
+        "validation_loss": loss if loss == "" else round(loss, 4),
+        "note": results.get("note", ""),
         "step_ms": round(1e3 * step_seconds, 2),
         "measurement_ms": round(1e3 * cost, 2),
         f"overhead_every_{INTERVAL}": round(cost / (INTERVAL * step_seconds), 4),
@@ -107,7 +163,7 @@ def run(name: str, shared: list[str], output: Path) -> tuple[list[dict[str, Any]
         "transformers": transformers.__version__,
         "hf_polyattn": hf_polyattn.__version__,
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
-        "command": " ".join(["python recipes/pretrain_causal_lm.py", CONFIG.name, *changes]),
+        "command": command,
     }
 
 
@@ -129,26 +185,46 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, str]], runs: list[dict[str, str]]) -> str:
-    """Markdown: both norms of the last layer at the start, at most and at the end, with the loss that was reached."""
+    """Markdown: both norms of the last layer at the start, at most and at the end, with the loss that was reached.
+
+    Means over the seeds; a run that diverged shows where.
+    """
     lines = [
-        "| attention | ‖A‖_F/√N, last layer: start, largest, end | Jacobian: start, largest, end | validation loss |",
-        "|---|---|---|---|",
+        "| model | attention | ‖A‖_F/√N, last layer: start, largest, end | Jacobian: start, largest, end "
+        "| validation loss | seeds |",
+        "|---|---|---|---|---|---|",
     ]
-    for done in runs:
-        own = [row for row in rows if row["variant"] == done["variant"]]
-        last = max(int(row["layer"]) for row in own)
-        own = sorted((row for row in own if int(row["layer"]) == last), key=lambda row: int(row["step"]))
-        cells = []
-        for key in ("frobenius", "jacobian"):
-            values = [float(row[key]) for row in own]
-            cells.append(", ".join(f"{value:.2g}" for value in (values[0], max(values), values[-1])))
-        loss = done["validation_loss"] or done["note"]
-        lines.append(f"| {VARIANTS[done['variant']][0]} | {cells[0]} | {cells[1]} | {loss} |")
+    for model, label in MODELS.items():
+        for name, (title, *_) in VARIANTS.items():
+            done = [run for run in runs if (run["model"], run["variant"]) == (model, name)]
+            if not done:
+                continue
+            cells = []
+            for key in ("frobenius", "jacobian"):
+                values = [summary(rows, model, name, key, run["seed"]) for run in done]
+                cells.append(", ".join(f"{statistics.mean(x):.2g}" for x in zip(*values, strict=True)))
+            losses = [float(run["validation_loss"]) for run in done if run["validation_loss"]]
+            loss = "; ".join(
+                [f"{statistics.mean(losses):.4f}"] * bool(losses) + [run["note"] for run in done if run["note"]]
+            )
+            lines.append(f"| {label} | {title} | {cells[0]} | {cells[1]} | {loss} | {len(done)} |")
     return "\n".join(lines)
 
 
+def summary(rows: list[dict[str, str]], model: str, name: str, key: str, seed: str) -> tuple[float, float, float]:
+    """One number of the last layer of a run: at the start, at most, at the end."""
+    own = [row for row in rows if (row["model"], row["variant"], row["seed"]) == (model, name, seed)]
+    last = max(int(row["layer"]) for row in own)
+    own = sorted((row for row in own if int(row["layer"]) == last), key=lambda row: int(row["step"]))
+    values = [float(row[key]) for row in own]
+    return values[0], max(values), values[-1]
+
+
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Norms, with softmax's bounds, and dead scores over the steps: one column a layer, one line a variant."""
+    """Of one model: norms, softmax's bounds and dead scores over the steps: one column a layer, one line a variant.
+
+    Lines are means over the seeds.
+    """
     from matplotlib.figure import Figure
 
     layers = sorted({int(row["layer"]) for row in rows})
@@ -163,7 +239,10 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         for axes, layer in zip(line_of_axes, layers, strict=True):
             for name, (title, _, color, style) in VARIANTS.items():
                 own = [row for row in rows if row["variant"] == name and int(row["layer"]) == layer]
-                points = sorted((int(row["step"]), float(row[key])) for row in own)
+                by_step: dict[int, list[float]] = {}
+                for row in own:
+                    by_step.setdefault(int(row["step"]), []).append(float(row[key]))
+                points = [(step, statistics.mean(values)) for step, values in sorted(by_step.items())]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, color=color, lw=1.6, label=title)
             if bound is not None:
@@ -186,29 +265,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="the text of tiny Shakespeare")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="a small model, a few steps, without --data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
+    parser.add_argument("--quick", action="store_true", help="small models, a few steps, without --data")
     parser.add_argument("--runs", type=Path, default=Path("runs/study_norms_training"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick the folder of the runs")
     args = parser.parse_args(argv)
-    if not (args.data or args.quick):
-        parser.error("give --data tinyshakespeare.txt, or --quick")
+    if not (args.data or args.quick or args.models == ["vit"]):
+        parser.error("give --data tinyshakespeare.txt, or --quick, or --models vit, which has its own images")
     out = args.out or (args.runs / "quick.csv" if args.quick else HERE / "results" / "norms_training.csv")
     runs_csv = out.with_name(f"{out.stem}_runs.csv")
     shared = [*QUICK.split(), "--diagnostics_steps", "4"]
     if not args.quick:
-        shared = ["--dataset", args.data, "--max_steps", str(args.steps), "--diagnostics_steps", "10", *SHORT.split()]
-    done = {row["variant"] for row in read(runs_csv)}
-    for name in args.only:
-        if name not in done:
-            rows, summary = run(name, shared, args.runs / name)
+        shared = ["--dataset", str(args.data), "--max_steps", str(args.steps), "--diagnostics_steps", "10"]
+        shared += SHORT.split()
+    done = {(row["model"], row["variant"], row["seed"]) for row in read(runs_csv)}
+    # seed by seed, so that an interrupted study compares all its variants on the same seeds
+    for seed, model, name in itertools.product(args.seeds, args.models, args.only):
+        if (model, name, str(seed)) not in done:
+            rows, summary_row = run(model, name, seed, shared, args.quick, args.runs / f"{model}-{name}-{seed}")
             if args.data:
-                summary["command"] = summary["command"].replace(args.data, Path(args.data).name)
+                summary_row["command"] = summary_row["command"].replace(args.data, Path(args.data).name)
             append(out, rows)
-            append(runs_csv, [summary])
-    text = table(read(out), read(runs_csv))
-    draw(read(out), out.with_suffix(".png"))
-    print(text)
+            append(runs_csv, [summary_row])
+    rows, runs = read(out), read(runs_csv)
+    for model in MODELS:
+        if own := [row for row in rows if row["model"] == model]:
+            draw(own, out.with_suffix(".png") if model == "gpt2" else out.with_name(f"{out.stem}_{model}.png"))
+    print(table(rows, runs))
 
 
 if __name__ == "__main__":
