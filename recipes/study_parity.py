@@ -28,6 +28,8 @@ import pretrain_masked_lm
 from study_vision import append, facts, read
 from tqdm import tqdm
 
+from hf_polyattn.training.nonfinite import NonFiniteError
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
@@ -105,9 +107,14 @@ def run(model: str, variant: str, seed: int, data: list[str], output: Path) -> d
     """One training run; its row of the csv."""
     family = FAMILIES[model]
     changes = [*family.words(model, variant), *data, "--seed", str(seed)]
-    start = time.process_time()
-    # the last evaluation is the one that counts
-    results = family.recipe([str(CONFIG), *changes, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"])
+    start, note = time.process_time(), ""
+    try:
+        # the last evaluation is the one that counts
+        arguments = [str(CONFIG), *changes, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"]
+        results = family.recipe(arguments)
+    except NonFiniteError as error:
+        # that a form diverges is a result too
+        results, note = {"validation_loss": "", "parameters": ""}, str(error).split(";")[0]
     # the study keeps numbers, not weights
     shutil.rmtree(output)
     script = "pretrain_masked_lm.py" if model == "bert" else "pretrain_causal_lm.py"
@@ -116,7 +123,8 @@ def run(model: str, variant: str, seed: int, data: list[str], output: Path) -> d
         "model": model,
         "variant": variant,
         "seed": seed,
-        "validation_loss": round(results["validation_loss"], 4),
+        "validation_loss": "" if note else round(results["validation_loss"], 4),
+        "note": note,
         "parameters": results["parameters"],
         "seconds": round(time.process_time() - start),
         **facts(" ".join(["python", f"recipes/{script}", CONFIG.name, *shown])),

@@ -1,6 +1,7 @@
 """The studies of norms: what they estimate, against cases with a known answer, and that their short forms run."""
 
 import csv
+import importlib
 import sys
 
 import numpy as np
@@ -23,8 +24,9 @@ def theory():
 
 @pytest.fixture
 def training(monkeypatch):
-    # it imports the recipe beside it
+    # it imports the recipes beside it
     monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+    importlib.import_module("pretrain_causal_lm")
     return recipe("study_norms_training")
 
 
@@ -88,23 +90,35 @@ def test_theory_in_short(theory, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_norms_over_training_in_short(training, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
     data = write_text(tmp_path, 20_000)
     words = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "norms.csv"), "--quick", "--data", str(data)]
-    training.main([*words, "--only", "softmax", "unscaled-spread"])
+    training.main([*words, "--models", "gpt2", "vit", "--only", "softmax", "unscaled-spread"])
+    training.main([*words, "--models", "llama", "bert", "--only", "scaled", "--seeds", "1"])
     rows = rows_in(tmp_path / "norms.csv")
-    assert [int(row["step"]) for row in rows if row["layer"] == "0"] == [1, 4, 8, 12] * 2
+    first = [row for row in rows if row["layer"] == "0"]
+    assert [(row["model"], int(row["step"])) for row in first] == [
+        (model, step) for model in ("gpt2", "gpt2", "vit", "vit", "llama", "bert") for step in (1, 4, 8, 12)
+    ]
     assert {row["layer"] for row in rows} == {"0", "1", "2"}
-    size = {row["variant"]: float(row["frobenius"]) for row in rows if (row["step"], row["layer"]) == ("1", "0")}
-    assert size["softmax"] < 1 < size["unscaled-spread"]
+    for model in ("gpt2", "vit"):
+        own = [row for row in first if (row["model"], row["step"]) == (model, "1")]
+        size = {row["variant"]: float(row["frobenius"]) for row in own}
+        assert size["softmax"] < 1 < size["unscaled-spread"]
     runs = rows_in(tmp_path / "norms_runs.csv")
-    assert [row["variant"] for row in runs] == ["softmax", "unscaled-spread"]
+    assert [(row["model"], row["variant"], row["seed"]) for row in runs] == [
+        *((model, name, "1337") for model in ("gpt2", "vit") for name in ("softmax", "unscaled-spread")),
+        *((model, "scaled", "1") for model in ("llama", "bert")),
+    ]
     assert all(float(row["validation_loss"]) > 0 and row["steps"] == "12" for row in runs)
     assert all(float(row["step_ms"]) > 0 < float(row["overhead_every_100"]) for row in runs)
     assert str(tmp_path) not in (tmp_path / "norms_runs.csv").read_text()
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["norms.png", "norms_bert.png", "norms_llama.png", "norms_vit.png"]
     # what is done is not done again
     monkeypatch.setattr(training, "run", lambda *args: pytest.fail("a finished run was repeated"))
-    training.main([*words, "--only", "softmax"])
-    assert "| softmax |" in capsys.readouterr().out
+    training.main([*words, "--models", "gpt2", "--only", "softmax"])
+    assert "| LLaMA | s³/√n, as published |" in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_is_a_row_too(training, tmp_path, monkeypatch):
@@ -120,11 +134,26 @@ def test_a_run_that_diverges_is_a_row_too(training, tmp_path, monkeypatch):
         (out / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "seconds": 0.5}\n')
         raise NonFiniteError("step 2: the loss is nan; first seen in somewhere")
 
-    monkeypatch.setitem(sys.modules, "pretrain_causal_lm", type("Recipe", (), {"main": staticmethod(diverge)}))
-    rows, summary = training.run("unscaled", [], out)
+    monkeypatch.setattr(sys.modules["pretrain_causal_lm"], "main", diverge)
+    rows, summary = training.run("gpt2", "unscaled", 1, [], False, out)
     assert [(row["step"], row["layer"]) for row in rows] == [(1, 0)] * 3
     assert (summary["validation_loss"], summary["note"]) == ("", "step 2: the loss is nan")
     assert summary["step_ms"] == 400
+
+
+def test_the_table_of_norms_means_over_the_seeds(training):
+    rows = [
+        {"model": "vit", "variant": "softmax", "seed": seed, "layer": layer, "step": step, **numbers}
+        for seed, factor in (("1", 1), ("2", 3))
+        for layer in ("0", "3")
+        for step, size in (("1", 1), ("10", 4), ("20", 2))
+        for numbers in [{"frobenius": str(factor * size * (layer == "3")), "jacobian": str(factor * size)}]
+    ]
+    runs = [
+        {"model": "vit", "variant": "softmax", "seed": "1", "validation_loss": "0.5", "note": ""},
+        {"model": "vit", "variant": "softmax", "seed": "2", "validation_loss": "", "note": "step 20: gone"},
+    ]
+    assert "| ViT | softmax | 2, 8, 4 | 2, 8, 4 | 0.5000; step 20: gone | 2 |" in training.table(rows, runs)
 
 
 def test_what_the_repository_holds_was_measured_and_is_what_the_guide_shows(theory, training):
@@ -132,7 +161,8 @@ def test_what_the_repository_holds_was_measured_and_is_what_the_guide_shows(theo
     exponents = rows_in(RESULTS / "norms_theory_exponents.csv")
     assert {row["inputs"] for row in exponents} == {"gaussian", "trained"}
     rows, runs = rows_in(RESULTS / "norms_training.csv"), rows_in(RESULTS / "norms_training_runs.csv")
-    assert {row["variant"] for row in runs} >= {"softmax", "scaled", "unscaled", "calibrated", "coefficients"}
+    variants = {row["variant"] for row in runs if row["model"] == "gpt2"}
+    assert variants >= {"softmax", "scaled", "unscaled", "calibrated", "coefficients"}
     assert training.table(rows, runs) in guide
     # every line that the guide shows of the other table stands in it
     shown = [line for line in guide.splitlines() if line.startswith(("| gaussian", "| trained"))]
