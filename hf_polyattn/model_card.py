@@ -30,6 +30,7 @@ PIPELINES = {
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
+    "ImageClassification": "image-classification",
 }
 """End of a class's name -> the Hub's name of its task."""
 METRICS = {

@@ -12,6 +12,7 @@ A page that another file of tests runs (`test_..._guide.py`) is left to that one
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import shlex
@@ -144,7 +145,7 @@ def run(block: Block, names: dict[str, object]) -> None:
 def test_a_page_runs_from_top_to_bottom(page, workplace):
     names = names_of(page)
     found = blocks(page)
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in itertools.pairwise([*found, None]):
         if block.language == "text" or block.note.startswith("skip"):
             continue
         print(f"--- {block}")

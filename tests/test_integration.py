@@ -9,6 +9,7 @@ import torch
 from accelerate import dispatch_model
 from models import (
     HEADS,
+    IMAGE,
     LAYERS,
     VOCAB,
     WIDTH,
@@ -34,6 +35,7 @@ from transformers import (
     GPT2Tokenizer,
     Trainer,
     TrainingArguments,
+    ViTImageProcessorPil,
     pipeline,
 )
 
@@ -342,6 +344,18 @@ def test_pipelines_run_on_a_saved_folder(tmp_path, quiet_transformers, task, fam
     elif task == "text-classification":
         logits = output(model, **tokenizer(text, return_tensors="pt"))
         assert result["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-4)
+
+
+def test_pipeline_of_images_runs_on_a_saved_folder(tmp_path, quiet_transformers):
+    image = pytest.importorskip("PIL.Image").new("RGB", (9, 7), "orange")
+    model = disturb(patch_model(tiny("vit", AutoModelForImageClassification, double=False, num_channels=3)))
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE})
+    processor.save_pretrained(tmp_path)
+    run = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    assert type(run.model) is type(model)
+    logits = output(model, **processor(image, return_tensors="pt"))
+    assert run(image)[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-4)
 
 
 def trainer(folder, model, optimizer=None, **options):

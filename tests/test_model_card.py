@@ -10,7 +10,13 @@ import yaml
 from card_results import RESULTS, TWIN
 from huggingface_hub import ModelCard
 from models import patched_tiny, tiny
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 import hf_polyattn
 from hf_polyattn import model_card as cards
@@ -116,6 +122,7 @@ def test_loading_code_runs(tmp_path, monkeypatch, family, auto, poly, door):
     [
         (AutoModelForMaskedLM, "bert", "fill-mask"),
         (AutoModelForSequenceClassification, "llama", "text-classification"),
+        (AutoModelForImageClassification, "vit", "image-classification"),
         (AutoModel, "bert", "feature-extraction"),
     ],
 )
