@@ -223,6 +223,7 @@ def draw(results: dict[str, Results], path: Path) -> None:
         axes.axvline(0, color="tab:gray", ls="--", lw=1)
         axes.set_title(found.label, fontsize=10)
         axes.set_xlabel(f"{found.metric.split(',')[0]} minus softmax's", fontsize=9)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(names)), [VARIANTS[name][0] for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.spines[["top", "right"]].set_visible(False)

@@ -5,11 +5,12 @@
 
 The paper scales s^p by 1/sqrt(N) and finds that the best scale falls so with N. Here: the digits of study_vision.py as
 256, 64, 16 and 8 patches (16x16 pixels in patches of 1, 8x8 in patches of 1, 2 and 2x4), a constant gain 1/c and
-`normalization none`, c in powers of 2 around sqrt(N), several seeds; scores start at spread 1, as the paper's theory
-has them. The best c of a length and seed is where a parabola through the lowest validation loss and its neighbours,
-over log c, is lowest. Its logarithm is fitted to that of the number of keys, which is N and the class token; 1/sqrt(N)
-means the slope 1/2. Test images only show what the choice is worth. Finished runs are kept. All 84 runs take
-20 minutes on one CPU core, those of 256 patches nearly all of it. --quick: two short lengths, in seconds.
+`normalization none`, c from sqrt(N)/16 to 256 sqrt(N) in powers of 4, several seeds; scores start at spread 1, as
+the paper's theory has them. The best c of a length and seed is the lowest point of the parabola that fits the
+validation losses over log c: single runs differ too much to take the lowest of them. Its logarithm is fitted to that
+of the number of keys, which is N and the class token; 1/sqrt(N) means the slope 1/2. Test images only show what the
+choice is worth. Finished runs are kept. All 84 runs take 15 minutes of one CPU core, those of 256 patches nearly all
+of it. --quick: two short lengths, in seconds.
 """
 
 import argparse
@@ -34,7 +35,7 @@ LENGTHS: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {
     64: ((8, 8), (1, 1)),
     256: ((16, 16), (1, 1)),
 }
-OCTAVES = range(-3, 4)
+OCTAVES = range(-4, 9, 2)
 """c is sqrt(N) times 2 to these."""
 START = "--score_spread 1"
 
@@ -63,31 +64,27 @@ def curves(rows: Iterable[dict[str, str]]) -> dict[int, dict[str, Curve]]:
 
 
 def best(curve: Curve) -> tuple[float, bool]:
-    """The c of lowest loss, and whether it is the first or last of the grid, so that the best may lie outside."""
-    grid = sorted(curve)
-    place = min(range(len(grid)), key=lambda i: curve[grid[i]])
-    if place in (0, len(grid) - 1):
-        return grid[place], True
-    near = grid[place - 1 : place + 2]
-    losses = [curve[c] for c in near]
-    if not all(map(math.isfinite, losses)):
-        return grid[place], False
-    second, first, _ = np.polyfit(np.log(near), losses, 2)
-    return float(np.exp(-first / (2 * second))), False
+    """Where a parabola over log c is lowest; or the best c of the grid, and True, where it has no valley there."""
+    finite = {c: loss for c, loss in curve.items() if math.isfinite(loss)}
+    if len(finite) >= 3:
+        second, first, _ = np.polyfit(np.log(list(finite)), list(finite.values()), 2)
+        if second > 0 and min(curve) < (place := math.exp(-first / (2 * second))) < max(curve):
+            return place, False
+    return min(finite or curve, key=lambda c: curve[c]), True
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Slope of log(best c) over log(keys) with its 95 % interval, and how many of the points are ends of the grid."""
+    """Slope of log(best c) over log(keys) with its 95 % interval, and how many of the points have no valley."""
 
     slope: float
     low: float
     high: float
     points: int
-    at_ends: int
+    without: int
 
     def __str__(self) -> str:
-        ends = f"; {self.at_ends} of {self.points} best constants are ends of the grid" if self.at_ends else ""
+        ends = f"; {self.without} of {self.points} curves have no valley in the grid" if self.without else ""
         return f"c grows like n^{self.slope:.2f} (95 % interval {self.low:.2f} to {self.high:.2f}){ends}"
 
 
@@ -110,7 +107,7 @@ def table(rows: list[dict[str, str]]) -> str:
     ]
     for length, seeds in curves(rows).items():
         found = [best(curve) for curve in seeds.values()]
-        shown = ", ".join(f"{c:.3g}{' (end of the grid)' if end else ''}" for c, end in found)
+        shown = ", ".join(f"{c:.3g}{' (no valley)' if end else ''}" for c, end in found)
         ratio = statistics.geometric_mean(c for c, _ in found) / math.sqrt(length)
         own = [row for row in rows if int(row["N"]) == length]
         cells = []
@@ -163,7 +160,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     level = statistics.mean(logs) - line.slope * statistics.mean(xs)
     right.plot(keys, np.exp(level) * keys**line.slope, "k-", lw=1.4, label=f"fit: n^{line.slope:.2f}")
     right.plot(keys, np.sqrt(keys), ":", color="gray", label="√n")
-    right.set(xscale="log", yscale="log", xlabel="keys n = N + 1; hollow: end of the grid", ylabel="best c")
+    right.set(xscale="log", yscale="log", xlabel="keys n = N + 1; hollow: no valley", ylabel="best c")
     right.set_xscale("log", base=2)
     right.set_yscale("log", base=2)
     right.set_title(f"95 % interval of the exponent: {line.low:.2f} to {line.high:.2f}", fontsize=9)

@@ -264,7 +264,8 @@ def cell(values: dict[str, float], twin: dict[str, float] | None, scale: float, 
         return "diverged"
     spread = f" ± {scale * statistics.stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
     paired = [value - twin[seed] for seed, value in values.items() if seed in twin] if twin else []
-    difference = f" ({scale * statistics.mean(paired):+.{digits}f})" if paired else ""
+    # + 0.0: no minus before a zero
+    difference = f" ({round(scale * statistics.mean(paired), digits) + 0.0:+.{digits}f})" if paired else ""
     return f"{scale * statistics.mean(values.values()):.{digits}f}{spread}{difference}"
 
 
@@ -308,11 +309,13 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         softmax = list(by_seed(rows, "softmax", key).values())
         if softmax:
             axes.axvline(scale * statistics.mean(softmax), color="tab:gray", linestyle="--", linewidth=1)
-        axes.set_xlabel(f"{label}; dots: seeds, bar: mean, dashed: softmax", fontsize=9)
+        axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.set_yticks(range(len(names)), [VARIANTS[name][0] for name in names])
-    figure.suptitle(f"ViT on {rows[0]['data']}, {rows[0]['N']} patches, {rows[0]['steps']} steps", fontsize=10)
+    title = f"ViT on {rows[0]['data']}, {rows[0]['N']} patches, {rows[0]['steps']} steps"
+    figure.suptitle(f"{title}; dots: seeds, bar: mean, dashed: mean of softmax", fontsize=10)
     # no software version or date inside: equal runs give equal files
     figure.savefig(path, dpi=150, metadata={"Software": None})
 

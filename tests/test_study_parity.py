@@ -190,6 +190,52 @@ def test_verdict_of_norms_in_training(evidence, tmp_path, scaled, unscaled, verd
     assert evidence.norms_in_training("scaled", "unscaled")(tmp_path).verdict == verdict
 
 
+@pytest.mark.parametrize(("broken", "verdict"), [((True, False), "holds"), ((True, True), "does not hold")])
+def test_verdict_of_stability(evidence, tmp_path, broken, verdict):
+    cell = {"learning_rate": "0.1", "layers": "4", "clip": "1", "precision": "no"}
+    rows = [
+        {**cell, "attention": name, "seed": seed, "diverged_at": 7 if is_broken else ""}
+        for name, seeds in (("softmax", (True, False)), ("monomial", broken))
+        for seed, is_broken in enumerate(seeds)
+    ]
+    # what only one of them was trained in does not count
+    rows.append({**rows[-1], "seed": 9, "diverged_at": 3})
+    write_rows(tmp_path / "stability.csv", rows)
+    assert evidence.stability(tmp_path).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("points", "verdict"), [((0, 0), "holds"), ((0, -5), "holds in part"), ((-5, -5), "does not hold")]
+)
+def test_verdict_of_accuracies(evidence, tmp_path, points, verdict):
+    rows = [
+        {"task": task, "attention": name, "seed": seed, "length": length, "accuracy": 0.8 - 0.1 * seed + shift / 100}
+        for task, behind in zip(("induction", "recall"), points, strict=True)
+        for name, shift in (("softmax", 0), ("poly", behind))
+        for seed in (1, 2)
+        for length in (16, 32)
+    ]
+    write_rows(tmp_path / "recall.csv", rows)
+    assert evidence.accuracies("recall.csv", "poly")(tmp_path).verdict == verdict
+    # a study of one task names none
+    write_rows(
+        tmp_path / "listops.csv",
+        [{k: x for k, x in row.items() if k != "task"} for row in rows if row["length"] == 16],
+    )
+    assert evidence.accuracies("listops.csv", "nothing")(tmp_path).verdict == "not measured"
+
+
+@pytest.mark.parametrize(("rise", "verdict"), [(0.1, "holds"), (0.9, "does not hold")])
+def test_verdict_of_longer_than_trained(evidence, tmp_path, rise, verdict):
+    rows = [
+        {"attention": name, "seed": "1", "length": length, "minus_trained_length": value * (length > 256)}
+        for name, value in (("softmax", 0.5), ("length", rise), ("none", 9))
+        for length in (256, 1024)
+    ]
+    write_rows(tmp_path / "length.csv", rows)
+    assert evidence.longer_than_trained(tmp_path).verdict == verdict
+
+
 def test_a_claim_without_rows_is_not_measured_and_says_what_measures_it(evidence, tmp_path):
     page = evidence.page(tmp_path)
     for claim in evidence.CLAIMS:
