@@ -31,6 +31,7 @@ def parity(monkeypatch):
 
 @pytest.fixture
 def evidence(monkeypatch):
+    pytest.importorskip("scipy")
     monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
     return recipe("study_evidence")
 
@@ -166,7 +167,8 @@ def test_verdict_of_the_scale_law(evidence, tmp_path, power, lengths, verdict):
 
 @pytest.mark.parametrize(
     ("differences", "verdict"),
-    [((0.1, 0.11, 0.12), "holds"), ((0.1, -0.2, 0.2), "holds in part"), ((-0.1, -0.2), "does not hold")],
+    # the second is two standard errors above 0: of three seeds that is little
+    [((0.1, 0.11, 0.12), "holds"), ((0.1, 0.02, 0.2), "holds in part"), ((-0.1, -0.2), "does not hold")],
 )
 def test_verdict_of_scaled_against_unscaled(evidence, tmp_path, differences, verdict):
     rows = [
