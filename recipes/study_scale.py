@@ -85,7 +85,7 @@ class Fit:
 
     def __str__(self) -> str:
         ends = f"; {self.without} of {self.points} curves have no valley in the grid" if self.without else ""
-        return f"c grows like n^{self.slope:.2f} (95 % interval {self.low:.2f} to {self.high:.2f}){ends}"
+        return f"c goes like n^{self.slope:.2f} (95 % interval {self.low:.2f} to {self.high:.2f}){ends}"
 
 
 def fit(rows: Iterable[dict[str, str]]) -> Fit:
@@ -123,7 +123,12 @@ def table(rows: list[dict[str, str]]) -> str:
                 accuracies += [100 * float(x) for x in here if x]
             cells.append(f"{statistics.mean(accuracies):.1f} ({len(accuracies)})" if accuracies else "")
         lines.append(f"| {length} | {math.sqrt(length):.3g} | {shown} | {ratio:.2f} | {' | '.join(cells)} |")
-    lines += ["", f"In brackets: seeds. {len(rows)} runs. The best {fit(rows)}; 1/√N would be n^0.50."]
+    line = fit(rows)
+    lines += ["", f"In brackets: seeds. {len(rows)} runs. The best {line}; 1/√N would be n^0.50."]
+    if line.low <= 0 and line.high >= 0.5:
+        lines.append(
+            "The interval has 0 and 1/2 in it: these runs cannot tell how the best constant goes with the length."
+        )
     return "\n".join(lines)
 
 

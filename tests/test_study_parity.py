@@ -254,4 +254,4 @@ def test_the_committed_page_is_what_the_rows_say(evidence, tmp_path, capsys):
 def test_the_committed_table_is_that_of_its_rows(parity):
     table = parity.table(parity.collect(RESULTS / "parity.csv"))
     assert (RESULTS / "parity.md").read_text(encoding="utf-8") == table + "\n"
-    assert all(row["command"].startswith("python recipes/") for row in rows_in(RESULTS / "parity.csv"))
+    assert all(row["command"].startswith("python recipes/") for row in parity.read(RESULTS / "parity.csv"))
