@@ -19,7 +19,7 @@ from pathlib import Path
 from study_norms_training import MODELS
 from study_parity import VARIANTS, Results, collect, spread
 from study_scale import curves, fit
-from study_vision import read
+from study_vision import of_scikit_learn, read
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence.md"
@@ -75,11 +75,8 @@ def verdict_of(checks: Sequence[bool]) -> str:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean, Student's."""
-    # a part of scikit-learn's own dependencies
-    from scipy import stats
-
     error = statistics.stdev(values) / len(values) ** 0.5
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    half = float(of_scikit_learn("scipy.stats").t.ppf(0.975, len(values) - 1)) * error
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from study_vision import Setup, append, digits, facts, read, train
+from study_vision import Setup, append, digits, facts, of_scikit_learn, read, train
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -90,9 +90,7 @@ class Fit:
 
 def fit(rows: Iterable[dict[str, str]]) -> Fit:
     """Least squares through all lengths and seeds, each seed a point; the interval is Student's."""
-    # a part of scikit-learn's own dependencies, whose digits these are
-    from scipy import stats
-
+    stats = of_scikit_learn("scipy.stats")
     points = [(length + 1, *best(curve)) for length, seeds in curves(rows).items() for curve in seeds.values()]
     line = stats.linregress(np.log([n for n, _, _ in points]), np.log([c for _, c, _ in points]))
     half = stats.t.ppf(0.975, len(points) - 2) * line.stderr if len(points) > 2 else math.inf

@@ -14,6 +14,7 @@ a smaller model, 4 epochs, in seconds. Fashion-MNIST is for those who have it: 2
 import argparse
 import csv
 import gzip
+import importlib
 import json
 import math
 import platform
@@ -106,12 +107,22 @@ FASHION = Setup("fashion-mnist", (28, 28), (4, 4), epochs=3, batch_size=128)
 QUICK = Setup("digits", (8, 8), (2, 2), width=16, layers=2, heads=2, epochs=4)
 
 
+def of_scikit_learn(module: str) -> Any:
+    """A module of scikit-learn or of SciPy, which comes with it: only studies need them, so the package does not ask.
+
+    Raises:
+        ImportError: with the remedy.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this study needs {module}: pip install scikit-learn") from error
+
+
 def digits(seed: int, image: tuple[int, int] = (8, 8)) -> Splits:
     """scikit-learn's digits, 60/15/25 per cent of each class, resized where `image` asks for another size."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
+    train_test_split = of_scikit_learn("sklearn.model_selection").train_test_split
+    pixels, labels = of_scikit_learn("sklearn.datasets").load_digits(return_X_y=True)
     rest, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=seed)
     train, validation = train_test_split(rest, test_size=0.2, stratify=labels[rest], random_state=seed)
     x = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)

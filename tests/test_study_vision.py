@@ -46,6 +46,12 @@ def test_splits_are_disjoint_balanced_and_of_the_seed(vision):
     assert vision.digits(1, (16, 16))["train"].pixels.shape[1:] == (1, 16, 16)
 
 
+def test_without_scikit_learn_the_error_says_what_to_install(vision, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        vision.digits(1)
+
+
 def write_idx(path, array):
     raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + bytes(array.flatten())
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
