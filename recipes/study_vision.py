@@ -38,7 +38,8 @@ from hf_polyattn import start_scores
 from hf_polyattn.evaluating import evaluating
 from hf_polyattn.training.models import replace_attention
 from hf_polyattn.training.optimization import adamw, set_learning_rate
-from hf_polyattn_arguments import AttentionArguments, ModelArguments, OptimizationArguments, parse_arguments
+from hf_polyattn_arguments import AttentionArguments, ModelArguments, OptimizationArguments
+from hf_polyattn_parsing import parse_arguments
 
 HERE = Path(__file__).parent
 
