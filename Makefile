@@ -6,6 +6,7 @@ ARGS ?=
 export TAG
 BIN := .venv/bin
 STAMP := .venv/installed
+TESTS := .venv/tests-installed
 OLDEST := .venv/oldest/bin
 OLDEST_STAMP := .venv/oldest/installed
 
@@ -21,13 +22,13 @@ test: lint
 test-oldest: $(OLDEST_STAMP)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(ARGS)
 
-lint: $(STAMP)
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # sdist and, from it, the wheel
-dist: $(STAMP)
+dist: $(TESTS)
 	rm -rf dist
 	$(BIN)/python -m build
 
@@ -44,6 +45,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
 	@echo "installing the rest, a minute or two"
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+# what the tests need besides, TRL, ONNX, lm-eval and their like included
+$(TESTS): $(STAMP)
+	@echo "installing what the tests need, a minute or two"
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,ecosystem]"
 	@touch $@
 

@@ -116,6 +116,8 @@ def patch_model(
     batches = None if calibrate is None else as_batches(calibrate, "calibrate")
     if batches is not None and not batches:
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")
+    if batches is None and (fit, target) != ("gain", "output_rms"):
+        raise ValueError("fit= and target= say how to calibrate: pass calibrate=batches too, or leave them out")
     if options.get("heads") == "auto" or budget is not None:
         if options.get("heads", "auto") != "auto" or batches is None or config is not None:
             raise ValueError('budget= goes with heads="auto" and calibrate=batches, from which it chooses the heads')

@@ -281,6 +281,9 @@ def test_calibration_that_could_do_nothing_is_refused():
         calibrate_gain(patch_model(model, "monomial"), [batch])
     with pytest.raises(ValueError, match="nothing to calibrate"):
         patch_model(model, "relu", calibrate=[batch])
+    for said in ({"fit": "coefficients"}, {"target": "frobenius"}):
+        with pytest.raises(ValueError, match="pass calibrate=batches too"):
+            patch_model(model, **said)
 
 
 IDS = token_ids()

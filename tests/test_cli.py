@@ -304,6 +304,7 @@ def test_patch_and_card_report_as_json(stock, tmp_path, capsys):
     ("words", "message"),
     [
         (["inspect", "./nowhere"], "no such folder: ./nowhere"),
+        (["inspect", "."], ". holds no config.json, so it is no checkpoint"),
         (["patch", "STOCK", "--to", "OUT", "--degree", "0"], "degree must be an integer from 1 to 16, got 0"),
         (["patch", "STOCK", "--to", "OUT", "--layers", "7"], "layers"),
         (["patch", "STOCK", "--to", "OUT", "--activation", "cubist"], "unknown activation 'cubist'"),
@@ -322,6 +323,14 @@ def test_expected_errors_are_one_line(words, message, stock, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_run_points_to_its_checkpoint(tmp_path, stock, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best").symlink_to(stock)
+    code, _, error = run(capsys, "inspect", str(tmp_path / "run"))
+    assert code == 1
+    assert f"is the folder of a run: give its checkpoint, {tmp_path / 'run' / 'best'}" in error
 
 
 REGISTER = """

@@ -16,6 +16,7 @@ print(json.dumps({"words": sys.argv[1:], "processes": os.environ.get("ACCELERATE
 sys.exit(3 if "--fail" in sys.argv else 0)
 """
 
+DEFAULTS = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "1"]
 ON_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\n"
 
 
@@ -46,7 +47,17 @@ def started(monkeypatch):
             return 0
 
     monkeypatch.setattr(train.subprocess, "Popen", Process)
+    monkeypatch.setattr(train, "default_yaml_config_file", "none.yaml")
+    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 0)
     return commands
+
+
+def test_accelerate_does_not_warn_of_its_defaults(clone, monkeypatch, capfd):
+    monkeypatch.setattr(train, "default_yaml_config_file", str(clone / "none.yaml"))
+    code, said, error = run(capfd, "train", "paint", "quick")
+    assert code == 0, error
+    assert json.loads(said)["words"] == [str(clone / "configs" / "paint" / "quick.yaml")]
+    assert "default" not in error.lower()
 
 
 def test_a_recipe_runs_under_accelerate_and_its_failure_is_passed_on(clone, capfd):
@@ -61,16 +72,16 @@ def test_a_recipe_runs_under_accelerate_and_its_failure_is_passed_on(clone, capf
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_names_and_paths(clone, started, capsys):
+def test_names_and_paths(clone, started, monkeypatch, capsys):
     script, config = clone / "paint.py", clone / "configs" / "paint" / "quick.yaml"
     elsewhere = write(clone.parent / "mine.yaml", "")
     for words, end in (
-        (["paint"], [script]),
-        (["paint.py", "quick.yaml"], [script, config]),
-        (["paint", config, "--size=2"], [script, config, "--size=2"]),
-        (["paint", elsewhere.name], [script, elsewhere.name]),
-        (["recipes/study_paint.py", "--seeds", "1"], ["recipes/study_paint.py", "--seeds", "1"]),
-        (["--processes", "1", "paint", "--processes", "9"], ["--num_processes", "1", script, "--processes", "9"]),
+        (["paint"], [*DEFAULTS, script]),
+        (["paint.py", "quick.yaml"], [*DEFAULTS, script, config]),
+        (["paint", config, "--size=2"], [*DEFAULTS, script, config, "--size=2"]),
+        (["paint", elsewhere.name], [*DEFAULTS, script, elsewhere.name]),
+        (["recipes/study_paint.py", "--seeds", "1"], [*DEFAULTS, "recipes/study_paint.py", "--seeds", "1"]),
+        (["--processes", "1", "paint", "--processes", "9"], [*DEFAULTS, script, "--processes", "9"]),
         (["--accelerate", "cpu", "paint"], ["--config_file", clone / "accelerate" / "cpu.yaml", script]),
     ):
         code, _, error = run(capsys, "train", *words)
@@ -78,6 +89,10 @@ def test_names_and_paths(clone, started, capsys):
         launch, rest = started[-1][:5], started[-1][5:]
         assert launch == [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
         assert rest == list(map(str, end))
+    # what the user has told accelerate holds
+    monkeypatch.setattr(train, "default_yaml_config_file", str(config))
+    assert run(capsys, "train", "paint")[0] == 0
+    assert started[-1][5:] == [str(script)]
     assert run(capsys, "train", "paint", "--help")[0] == 0
     assert started[-1] == [sys.executable, str(script), "--help"]
 

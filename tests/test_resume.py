@@ -143,6 +143,11 @@ def test_masked_model_and_classifier_resume(text, tmp_path):
         assert_same_metrics(tmp_path / recipe / "killed", tmp_path / recipe / "whole")
 
 
+def test_nothing_to_resume_is_said(arguments, tmp_path, capsys):
+    run_recipe("pretrain_causal_lm", tmp_path / "new", *arguments, "--resume", "--max_steps", 2)
+    assert f"nothing to resume in {tmp_path / 'new'}: starting anew" in capsys.readouterr().out
+
+
 def test_what_cannot_be_resumed_is_refused(whole, arguments, tmp_path):
     with pytest.raises(FileExistsError, match="pass --resume, --overwrite"):
         run_recipe("pretrain_causal_lm", whole, *arguments)

@@ -41,5 +41,5 @@ def run(args: Namespace) -> str:
     return (
         f"{report}\n\nsaved:  {out}\nfigure: {out / 'conversion.png'}\n"
         f"next:   hf-polyattn card {out} --results {out / 'results.json'} --figure {out / 'conversion.png'}"
-        "  (and --license ID, where the source names none)"
+        " --license ID  (leave --license out where the source names its own)"
     )

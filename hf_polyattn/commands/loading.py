@@ -26,7 +26,7 @@ def load_checkpoint(path: str) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: when `path` is neither a folder nor can be a Hub name.
-        ValueError: when config.json names no class, or one that Transformers does not have.
+        ValueError: when a folder holds no config.json, or it names no class, or one that Transformers does not have.
     """
     transformers.logging.disable_progress_bar()
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -36,6 +36,7 @@ def load_checkpoint(path: str) -> PreTrainedModel:
             f"{path} holds adapters and no whole model: merge them first, as with "
             f"hf_polyattn.training.lora.load_trained(AutoModelForCausalLM, Path({path!r})).save_pretrained(OUT)"
         )
+    _check_folder(Path(path))
     _check_model_type(path)
     config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
@@ -45,6 +46,18 @@ def load_checkpoint(path: str) -> PreTrainedModel:
     if cls is None:
         raise ValueError(f"{path} is a {names[0]}, which this version of transformers does not have")
     return cls.from_pretrained(path)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises for a folder that is no checkpoint, with the checkpoint inside it where it is the one of a run."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return
+    inside = [folder / name for name in ("best", "last") if (folder / name / "config.json").exists()]
+    if inside:
+        raise ValueError(f"{folder} is the folder of a run: give its checkpoint, {inside[0]}")
+    raise ValueError(
+        f"{folder} holds no config.json, so it is no checkpoint: give a folder that save_pretrained wrote"
+    )
 
 
 def holds_adapters(path: str) -> bool:

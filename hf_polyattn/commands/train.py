@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from accelerate.commands.config.config_args import default_yaml_config_file
 
 PACKAGE = "hf_polyattn_recipes"
 """The recipes as an installed package, where a distribution brings them."""
@@ -50,8 +51,12 @@ def _launch(args: Namespace, script: Path) -> list[str]:
         words += ["--config_file", str(_find_yaml(args.accelerate, script.parent / "accelerate", "--accelerate"))]
     if args.processes is not None:
         _check_processes(args, script)
-        words += ["--num_processes", str(args.processes)]
-    return words
+    elif args.accelerate or Path(default_yaml_config_file).is_file():
+        return words
+    if not args.accelerate:
+        # accelerate's own defaults, given so that it does not warn of each
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*words, "--num_processes", str(args.processes or max(1, torch.cuda.device_count()))]
 
 
 def recipe_folders() -> list[Path]:

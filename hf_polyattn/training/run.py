@@ -133,6 +133,8 @@ class Run:
             raise FileExistsError(f"{out} holds a run already: pass --resume, --overwrite or another --output_dir")
         if self.checkpoint is not None:
             self._read_checkpoint(self.checkpoint)
+        elif args.resume:
+            print_once(f"nothing to resume in {out}: starting anew")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if args.overwrite:
