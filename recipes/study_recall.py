@@ -197,6 +197,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     model, steps, note = train(model, optimization, settings, args.tokens)
     facts = {
         "steps": steps,
+        "most_steps": args.steps,
         "note": note,
         "width": args.width,
         **environment(),
@@ -217,21 +218,23 @@ def label_of(length: str, pairs: str) -> str:
     return f"{length}, {pairs} pairs" if pairs != "0" else length
 
 
+def lines_of(rows: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+    """(attention, steps at most): a line each in tables and figures, the shortest training first."""
+    found = {(row["attention"], row["most_steps"]) for row in rows}
+    return sorted(found, key=lambda line: (list(VARIANTS).index(line[0]), int(line[1])))
+
+
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: one table a task, accuracy by length and pairs, mean over seeds, and the steps that training took."""
     tables = []
     for task in TASKS:
         own = [row for row in rows if row["task"] == task]
-        if not own:
-            continue
         columns = list(dict.fromkeys((row["length"], row["pairs"]) for row in own))
         heads = " | ".join(label_of(*column) for column in columns)
         lines = [f"**{task}**, accuracy by length:", "", f"| attention | {heads} | steps | seeds |"]
         lines.append("|---" * (len(columns) + 3) + "|")
-        for name, (label, _, _) in VARIANTS.items():
-            mine = [row for row in own if row["attention"] == name]
-            if not mine:
-                continue
+        for line in lines_of(own):
+            mine = [row for row in own if (row["attention"], row["most_steps"]) == line]
             cells = []
             for column in columns:
                 found = [row for row in mine if (row["length"], row["pairs"]) == column]
@@ -239,7 +242,7 @@ def table(rows: Sequence[dict[str, str]]) -> str:
                 notes = dict.fromkeys(row["note"] for row in found if row["note"])
                 cells.append("; ".join([mean_and_spread(values, 3), *notes] if values else notes))
             steps = list({row["seed"]: row["steps"] for row in mine}.values())
-            lines.append(f"| {label} | {' | '.join(cells)} | {', '.join(steps)} | {len(steps)} |")
+            lines.append(f"| {VARIANTS[line[0]][0]} | {' | '.join(cells)} | {', '.join(steps)} | {len(steps)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -248,30 +251,34 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     """A panel a task: accuracy by length; recall by pairs at the greatest length. None where all runs diverged."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in TASKS if any(row["task"] == task and row["accuracy"] for row in rows)]
-    if not tasks:
+    rows = [row for row in rows if row["accuracy"]]
+    if not rows:
         return
-    figure = Figure(figsize=(3.7 * len(tasks) + 0.5, 4.2), layout="constrained")
-    grid = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axes, task in zip(grid, tasks, strict=True):
-        own = [row for row in rows if row["task"] == task and row["accuracy"]]
+    figure = Figure(figsize=(3.7 * len(TASKS) + 0.5, 4.4), layout="constrained")
+    grid = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
+    shortest = min(int(row["most_steps"]) for row in rows)
+    for axes, task in zip(grid, TASKS, strict=True):
+        own = [row for row in rows if row["task"] == task]
         longest = max(int(row["length"]) for row in own)
         by = "pairs" if task == "recall" else "length"
         own = [row for row in own if by == "length" or int(row["length"]) == longest]
         ticks = sorted({int(row[by]) for row in own})
-        for name, (label, _, color) in VARIANTS.items():
-            points = [(int(row[by]), float(row["accuracy"])) for row in own if row["attention"] == name]
-            if points:
-                means = [statistics.mean(y for x, y in points if x == tick) for tick in ticks]
-                axes.plot(ticks, means, "-", color=color, lw=1.6, label=label)
-                axes.plot(*zip(*points, strict=True), "o", color=color, ms=4, alpha=0.6)
+        for name, most in lines_of(own):
+            label, _, color = VARIANTS[name]
+            mine = [row for row in own if (row["attention"], row["most_steps"]) == (name, most)]
+            points = [(int(row[by]), float(row["accuracy"])) for row in mine]
+            means = {tick: statistics.mean(y for x, y in points if x == tick) for tick in ticks}
+            longer = int(most) > shortest
+            label += f", {int(most):,} steps" if longer else ""
+            axes.plot(means.keys(), means.values(), "--" if longer else "-", color=color, lw=1.6, label=label)
+            axes.plot(*zip(*points, strict=True), "o", color=color, ms=4, alpha=0.6)
         axes.set(xscale="log", xlabel=f"pairs, length {longest}" if by == "pairs" else "length", ylim=(-0.03, 1.03))
         axes.set_xticks(ticks, labels=map(str, ticks))
         axes.minorticks_off()
         axes.set_title(task, fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel("accuracy")
+    grid[0].set_ylabel(f"accuracy after {shortest:,} steps at most")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     # no software version or date inside: equal runs give equal files
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -360,10 +367,10 @@ def main(argv: list[str] | None = None) -> None:
         text = probe_table(rows_of(out))
     else:
         out = args.out or folder / "recall.csv"
-        finished = {(row["attention"], int(row["seed"])) for row in rows_of(out)}
+        finished = {(row["attention"], int(row["seed"]), int(row["most_steps"])) for row in rows_of(out)}
         for seed in args.seeds:
             for name in args.only:
-                if (name, seed) not in finished:
+                if (name, seed, args.steps) not in finished:
                     append(out, run(name, seed, args))
         text = table(rows_of(out))
         draw(rows_of(out), out.with_suffix(".png"))

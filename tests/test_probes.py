@@ -80,6 +80,19 @@ def test_a_key_that_was_stated_is_named():
     assert found["accuracy"] == 0
 
 
+def test_a_key_counts_when_all_of_it_is_right():
+    class FirstLetterOnly(Copier):
+        def forward(self, input_ids):
+            logits = super().forward(input_ids).logits
+            logits[:, -4:-1] = 0
+            return SimpleNamespace(logits=logits)
+
+    tokenizer = byte_tokenizer()
+    found = values(passkey(FirstLetterOnly(len(tokenizer), reach=11), tokenizer, 160, samples=8))
+    assert found["key"] == pytest.approx(3 / 4 * math.log(len(tokenizer)))
+    assert found["accuracy"] == 0
+
+
 def test_texts_have_the_length_that_was_asked_for():
     lengths = set()
 
