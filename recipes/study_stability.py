@@ -36,6 +36,11 @@ CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
 VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", "black"),
     "poly": ("degree 3, defaults", "--activation poly", "#2a6fbb"),
+    "poly-spread": (
+        "degree 3, scores start at spread 1, alpha 1",
+        "--activation poly --score_spread 1 --alpha 1",
+        "#55a868",
+    ),
     "monomial": ("s³/√n, as published", "--activation monomial", "#c44e52"),
     "monomial-mean": (
         "s³/√n, scores start at mean 1/2, learnable gain",
