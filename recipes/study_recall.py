@@ -123,7 +123,8 @@ def build(name: str, seed: int, width: int, length: int, steps: int) -> tuple[An
 
     from hf_polyattn.training.models import build_model, replace_attention
     from hf_polyattn.training.tokenizers import char_tokenizer
-    from hf_polyattn_arguments import AttentionArguments, ModelArguments, OptimizationArguments, parse_arguments
+    from hf_polyattn_arguments import AttentionArguments, ModelArguments, OptimizationArguments
+    from hf_polyattn_parsing import parse_arguments
 
     words = [*MODEL.split(), *TRAINING.split(), *VARIANTS[name][1].split(), "--seed", str(seed)]
     words += ["--model_config.hidden_size", str(width), "--model_config.intermediate_size", str(2 * width)]
