@@ -303,7 +303,8 @@ def test_script_ends_with_an_exit_code(tmp_path):
         timeout=200,
     )
     assert done.returncode == 1
-    assert "NonFiniteError: step" in done.stderr
+    # one line of the recipe's, before what accelerate says of it
+    assert re.search(r"^pretrain_causal_lm.py: step \d+: ", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_compiled_model_is_saved_under_its_own_names(tmp_path, monkeypatch):
