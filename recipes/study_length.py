@@ -11,16 +11,26 @@ but nothing trains them there, for softmax no more than for the others. Rows go 
 finished ones are kept. A run takes 3 minutes on one CPU core. --quick: Python's own source, seconds.
 """
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_rows import append, environment, mean_and_spread, quick_text, rows_of, shown_command, write_tables
+from study_rows import (
+    Row,
+    append,
+    environment,
+    finished,
+    out_of,
+    quick_text,
+    rows_of,
+    shown_command,
+    study_parser,
+    trained,
+    where,
+)
+from study_tables import markdown, mean_and_spread, mean_of, save_figure, write_up
 
-HERE = Path(__file__).parent
 TAIL = 128
 """Characters at the end of each window whose loss counts."""
 SPACING = 4096
@@ -119,21 +129,15 @@ def run(name: str, seed: int, data: Path, shared: list[str], output: Path, lengt
     """One training run, measured at every length: its rows."""
     from pretrain_causal_lm import main as pretrain
 
-    from hf_polyattn.training.nonfinite import NonFiniteError
-
     changes = [*MODEL.split(), *shared, *VARIANTS[name][1].split(), "--seed", str(seed)]
     empty = dict.fromkeys(("loss", "standard_error", "minus_trained_length", "its_standard_error", "windows"), "")
     fraction = (
         float(changes[changes.index("--validation_fraction") + 1]) if "--validation_fraction" in changes else 0.1
     )
-    note, results = "", {}
-    try:
-        results = pretrain([*RUN.split(), *changes, "--dataset", str(data), "--output_dir", str(output)])
+    results, note = trained(pretrain, [*RUN.split(), *changes, "--dataset", str(data), "--output_dir", str(output)])
+    measured = [{"length": length, **empty} for length in lengths]
+    if results:
         measured = measure(output / "last", data.read_text(encoding="utf-8"), fraction, lengths)
-    except NonFiniteError as error:
-        # that a form diverges is a result too
-        note = str(error).split(";")[0]
-        measured = [{"length": length, **empty} for length in lengths]
     facts = {
         "validation_loss": round(results["validation_loss"], 4) if results else "",
         "note": note,
@@ -144,30 +148,26 @@ def run(name: str, seed: int, data: Path, shared: list[str], output: Path, lengt
     return [{"attention": name, "seed": seed, **row, **facts} for row in measured]
 
 
-def values_at(rows: Sequence[dict[str, str]], name: str, length: int, column: str = "loss") -> list[float]:
-    own = (row for row in rows if (row["attention"], row["length"]) == (name, str(length)))
-    return [float(row[column]) for row in own if row[column]]
+def values_at(rows: Sequence[Row], name: str, length: int, column: str = "loss") -> list[float]:
+    return [float(row[column]) for row in where(rows, attention=name, length=str(length)) if row[column]]
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Markdown: loss by length, mean over seeds, and what the longest context adds to the loss."""
     lengths = sorted({int(row["length"]) for row in rows})
-    lines = [
-        "| attention | " + " | ".join(f"{n:,}" for n in lengths) + f" | {lengths[-1]:,} minus {lengths[0]} | seeds |",
-        "|---" * (len(lengths) + 3) + "|",
-    ]
+    lines = []
     for name, (label, _, _) in VARIANTS.items():
         seeds = {row["seed"] for row in rows if row["attention"] == name}
         if not seeds:
             continue
         cells = [mean_and_spread(values_at(rows, name, n)) or "diverged" for n in lengths]
-        added = values_at(rows, name, lengths[-1], "minus_trained_length")
-        difference = f"{statistics.mean(added):+.4f}" if added else ""
-        lines.append(f"| {label} | {' | '.join(cells)} | {difference} | {len(seeds)} |")
-    return "\n".join(lines)
+        difference = mean_of(values_at(rows, name, lengths[-1], "minus_trained_length"), sign="+")
+        lines.append([label, *cells, difference, len(seeds)])
+    heads = ["attention", *(f"{n:,}" for n in lengths), f"{lengths[-1]:,} minus {lengths[0]}", "seeds"]
+    return markdown(heads, lines)
 
 
-def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Loss of the same characters by the length of the window: a line a variant, a dot a seed."""
     from matplotlib.figure import Figure
 
@@ -188,35 +188,26 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "a small model, a few steps, without --data"
+    parser = study_parser("study_length", __doc__, seeds=[1], only=VARIANTS, quick=quick)
     parser.add_argument("--data", type=Path, help="the text of tiny Shakespeare")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="a small model, a few steps, without --data")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_length"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick the folder of the runs")
     args = parser.parse_args(argv)
     if not (args.data or args.quick):
         parser.error("give --data tinyshakespeare.txt, or --quick")
-    out = args.out or (args.runs / "quick.csv" if args.quick else HERE / "results" / "length.csv")
+    out = out_of(args, "length.csv")
     shared, lengths = (QUICK.split(), QUICK_LENGTHS) if args.quick else (FULL.split(), FULL_LENGTHS)
     data = args.data or quick_text(args.runs)
-    done = {(row["attention"], int(row["seed"])) for row in rows_of(out)}
+    done = finished(out, "attention", "seed")
     for seed in args.seeds:
         for name in args.only:
-            if (name, seed) not in done:
+            if (name, str(seed)) not in done:
                 append(out, run(name, seed, data, shared, args.runs / f"{name}-{seed}", lengths))
-    text = table(rows_of(out))
-    write_tables(out.with_suffix(".md"), text)
-    draw(rows_of(out), out.with_suffix(".png"))
-    print(text)
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -15,20 +15,31 @@ expressions are the same. The last row of the table is what knowing the outermos
 are kept. A run takes two minutes on one CPU core. --quick: a small model, a few steps, seconds.
 """
 
-import argparse
 import csv
 import itertools
 import random
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_rows import append, environment, mean_and_spread, rows_of, shown_command, write_tables
+from study_rows import (
+    Row,
+    append,
+    by_seed,
+    environment,
+    finished,
+    out_of,
+    paired,
+    rows_of,
+    shown_command,
+    study_parser,
+    trained,
+    where,
+)
+from study_tables import markdown, mean_and_spread, mean_of, save_figure, write_up
 
-HERE = Path(__file__).parent
 MAX_DEPTH, MAX_ARGUMENTS, OPERATOR_PROBABILITY = 10, 10, 0.25
 OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[MIN": min,
@@ -159,23 +170,18 @@ def run(name: str, seed: int, data: Sequence[Path], shared: list[str], output: P
     """One row of the csv."""
     from finetune_classifier import main as finetune
 
-    from hf_polyattn.training.nonfinite import NonFiniteError
-
     train, validation = data
     words = [*MODEL.split(), *shared, *VARIANTS[name][1].split(), "--seed", str(seed)]
     words += ["--dataset", str(train), "--validation_dataset", str(validation)]
     row = dict.fromkeys(("accuracy", "accuracy_shorter", "accuracy_middle", "accuracy_longer", "parameters"), "")
-    row |= {"seconds": "", "note": ""}
-    try:
-        results = finetune([*words, *RUN.split(), "--output_dir", str(output)])
+    results, note = trained(finetune, [*words, *RUN.split(), "--output_dir", str(output)])
+    row |= {"seconds": "", "note": note}
+    if results:
         thirds = accuracy_by_length(output / "last", validation)
         row["accuracy"] = f"{results['accuracy']:.4f}"
         for third, value in zip(("shorter", "middle", "longer"), thirds, strict=True):
             row[f"accuracy_{third}"] = f"{value:.4f}"
         row |= {"parameters": str(results["parameters"]), "seconds": str(round(results["seconds"]))}
-    except NonFiniteError as error:
-        # that a form diverges is a result too
-        row["note"] = str(error).split(";")[0]
     command = shown_command("finetune_classifier.py", words)
     return {**row, "outermost": f"{outermost_accuracy(train, validation):.4f}", **environment(), "command": command}
 
@@ -183,42 +189,32 @@ def run(name: str, seed: int, data: Sequence[Path], shared: list[str], output: P
 KEY = ("attention", "seed", "shortest", "longest", "steps", "learning_rate")
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Markdown: accuracy of each attention, by thirds of the length, and its difference to softmax on equal seeds."""
     tables = []
     for setting in dict.fromkeys(tuple(row[key] for key in KEY[2:]) for row in rows):
         here = [row for row in rows if tuple(row[key] for key in KEY[2:]) == setting]
         shortest, longest, steps, rate = setting
-        lines = [
-            f"{shortest} to {longest} tokens, {int(steps):,} steps, learning rate {rate}:",
-            "",
-            "| attention | accuracy | minus softmax, same seeds | shorter third | middle | longer | seeds |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        own = {
-            name: {row["seed"]: row for row in here if row["attention"] == name and row["accuracy"]}
-            for name in VARIANTS
-        }
+        lines = []
+        own = {name: where(here, attention=name) for name in VARIANTS}
+        softmax = by_seed(own["softmax"], "accuracy")
         for name, (label, _, _) in VARIANTS.items():
-            found, notes = own[name], [row["note"] for row in here if row["attention"] == name and row["note"]]
+            found, notes = by_seed(own[name], "accuracy"), [row["note"] for row in own[name] if row["note"]]
             if not found and not notes:
                 continue
-            paired = [
-                float(row["accuracy"]) - float(own["softmax"][seed]["accuracy"])
-                for seed, row in found.items()
-                if name != "softmax" and seed in own["softmax"]
-            ]
-            difference = f"{statistics.mean(paired):+.4f}" if paired else ""
+            difference = mean_of(paired(found, softmax) if name != "softmax" else [], sign="+")
             columns = [f"accuracy{part}" for part in ("", "_shorter", "_middle", "_longer")]
-            cells = [mean_and_spread([float(row[column]) for row in found.values()]) for column in columns]
+            cells = [mean_and_spread(by_seed(own[name], column).values()) for column in columns]
             cells[0] = "; ".join([cell for cell in (cells[0], *notes) if cell])
-            lines.append(f"| {label} | {cells[0]} | {difference} | {' | '.join(cells[1:])} | {len(found)} |")
-        lines.append(f"| the outermost operator alone | {float(here[0]['outermost']):.4f} |  |  |  |  |  |")
-        tables.append("\n".join(lines))
+            lines.append([label, cells[0], difference, *cells[1:], len(found)])
+        lines.append(["the outermost operator alone", f"{float(here[0]['outermost']):.4f}", *[""] * 5])
+        heads = ["accuracy", "minus softmax, same seeds", "shorter third", "middle", "longer", "seeds"]
+        title = f"{shortest} to {longest} tokens, {int(steps):,} steps, learning rate {rate}:"
+        tables.append(f"{title}\n\n" + markdown(["attention", *heads], lines))
     return "\n\n".join(tables)
 
 
-def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Accuracy by thirds of the length: dots are seeds, bars their mean, the dashed line the outermost operator."""
     from matplotlib.figure import Figure
 
@@ -247,31 +243,27 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "a small model, 4 steps"
+    parser = study_parser("study_listops", __doc__, seeds=[1], only=VARIANTS, quick=quick)
+    parser.set_defaults(only=["softmax", "poly", "poly-l1"])
     parser.add_argument("--lengths", type=int, nargs=2, default=[8, 24], help="shortest and longest, in tokens")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 32 expressions, each seen once")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--validation", type=int, default=1000, help="expressions to validate on")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=["softmax", "poly", "poly-l1"])
-    parser.add_argument("--quick", action="store_true", help="a small model, 4 steps")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_listops"), help="folder of the runs and data")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick the folder of the runs")
     args = parser.parse_args(argv)
     if args.quick:
         args.steps, args.validation, args.lengths = 4, 100, [20, 40]
-    out = args.out or (args.runs / "quick.csv" if args.quick else HERE / "results" / "listops.csv")
+    out = out_of(args, "listops.csv")
     shared = (QUICK if args.quick else FULL).split()
     batch_size = int(shared[shared.index("--batch_size") + 1])
     # two more positions for the marks at both ends
     shared += ["--max_steps", str(args.steps), "--max_length", str(args.lengths[1] + 2)]
     shared += ["--learning_rate", f"{args.learning_rate:g}"]
-    done = {tuple(row[key] for key in KEY) for row in rows_of(out)}
+    done = finished(out, *KEY)
     data: list[Path] = []
     for seed in args.seeds:
         for name in args.only:
@@ -281,12 +273,8 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             data = data or write_data(args.runs, 0, args.lengths, (args.steps * batch_size, args.validation))
             append(out, [{**key, **run(name, seed, data, shared, args.runs / f"{name}-{seed}")}])
-    text = table(rows_of(out))
-    write_tables(out.with_suffix(".md"), text)
-    draw(rows_of(out), out.with_suffix(".png"))
-    print(text)
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -20,18 +20,17 @@ tokens twice, and a key in a text. Name a converted model and its teacher to see
 import argparse
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from study_rows import append, environment, mean_and_spread, rows_of, write_tables
+from study_rows import Row, append, environment, finished, out_of, rows_of, study_parser, where
+from study_tables import markdown, mean_and_spread, save_figure, write_up
 
 from hf_polyattn.training.losses import IGNORE, count_labels, token_losses
 
-HERE = Path(__file__).parent
 MARK, BLANK, FIRST = 0, 1, 2
 KEYS = VALUES = 32
 VOCABULARY = FIRST + KEYS + VALUES
@@ -201,7 +200,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         "most_steps": args.steps,
         "note": note,
         "width": args.width,
-        **environment(),
+        **environment(model.device),
         "command": f"python recipes/study_recall.py --only {name} --seeds {seed} --steps {args.steps} "
         f"--width {args.width} --tokens {args.tokens} --samples {args.samples} --lengths "
         + " ".join(map(str, args.lengths)),
@@ -219,36 +218,35 @@ def label_of(length: str, pairs: str) -> str:
     return f"{length}, {pairs} pairs" if pairs != "0" else length
 
 
-def lines_of(rows: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+def lines_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(attention, steps at most): a line each in tables and figures, the shortest training first."""
     found = {(row["attention"], row["most_steps"]) for row in rows}
     return sorted(found, key=lambda line: (list(VARIANTS).index(line[0]), int(line[1])))
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Markdown: one table a task, accuracy by length and pairs, mean over seeds, and the steps that training took."""
     tables = []
     for task in TASKS:
-        own = [row for row in rows if row["task"] == task]
+        own = where(rows, task=task)
         columns = list(dict.fromkeys((row["length"], row["pairs"]) for row in own))
-        heads = " | ".join(label_of(*column) for column in columns)
-        lines = [f"**{task}**, accuracy by length:", "", f"| attention | {heads} | steps | seeds |"]
-        lines.append("|---" * (len(columns) + 3) + "|")
-        for line in lines_of(own):
-            mine = [row for row in own if (row["attention"], row["most_steps"]) == line]
+        lines = []
+        for name, most in lines_of(own):
+            mine = where(own, attention=name, most_steps=most)
             cells = []
             for column in columns:
-                found = [row for row in mine if (row["length"], row["pairs"]) == column]
+                found = where(mine, length=column[0], pairs=column[1])
                 values = [float(row["accuracy"]) for row in found if row["accuracy"]]
                 notes = dict.fromkeys(row["note"] for row in found if row["note"])
                 cells.append("; ".join([mean_and_spread(values, 3), *notes] if values else notes))
             steps = list({row["seed"]: row["steps"] for row in mine}.values())
-            lines.append(f"| {VARIANTS[line[0]][0]} | {' | '.join(cells)} | {', '.join(steps)} | {len(steps)} |")
-        tables.append("\n".join(lines))
+            lines.append([VARIANTS[name][0], *cells, ", ".join(steps), len(steps)])
+        heads = ["attention", *(label_of(*column) for column in columns), "steps", "seeds"]
+        tables.append(f"**{task}**, accuracy by length:\n\n" + markdown(heads, lines))
     return "\n\n".join(tables)
 
 
-def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """A panel a task: accuracy by length; recall by pairs at the greatest length. None where all runs diverged."""
     from matplotlib.figure import Figure
 
@@ -266,7 +264,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         ticks = sorted({int(row[by]) for row in own})
         for name, most in lines_of(own):
             label, _, color = VARIANTS[name]
-            mine = [row for row in own if (row["attention"], row["most_steps"]) == (name, most)]
+            mine = where(own, attention=name, most_steps=most)
             points = [(int(row[by]), float(row["accuracy"])) for row in mine]
             means = {tick: statistics.mean(y for x, y in points if x == tick) for tick in ticks}
             longer = int(most) > shortest
@@ -281,8 +279,7 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel(f"accuracy after {shortest:,} steps at most")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def probe(checkpoint: str, text: Path | None, lengths: Sequence[int], samples: int) -> list[dict[str, Any]]:
@@ -318,7 +315,7 @@ def probe(checkpoint: str, text: Path | None, lengths: Sequence[int], samples: i
                     "told_standard_error": f"{found.scores[told].standard_error:.4f}",
                     "accuracy": f"{found.scores['accuracy'].value:.4f}",
                     "samples": samples,
-                    **environment(),
+                    **environment(model.device),
                     "command": f"python recipes/study_recall.py --checkpoint {Path(checkpoint).resolve().name}"
                     + (f" --text {text.name}" if text else "")
                     + f" --lengths {length} --samples {samples}",
@@ -329,23 +326,20 @@ def probe(checkpoint: str, text: Path | None, lengths: Sequence[int], samples: i
     return rows
 
 
-def probe_table(rows: Sequence[dict[str, str]]) -> str:
+def probe_table(rows: Sequence[Row]) -> str:
     """Markdown: losses on what the context does not hold and on what it does, and how often the latter is named."""
-    lines = [
-        "| probe, length | checkpoint | loss, new | loss, told before | accuracy, told before |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in sorted(rows, key=lambda row: (row["probe"], int(row["length"]))):
         cells = [row[name] for name in ("checkpoint", "loss_new", "loss_told", "accuracy")]
         cells[2] += f" ± {row['told_standard_error']}"
-        lines.append(f"| {row['probe']}, {row['length']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"{row['probe']}, {row['length']}", *cells])
+    heads = ["probe, length", "checkpoint", "loss, new", "loss, told before", "accuracy, told before"]
+    return markdown(heads, lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    quick = "a small model, 3 steps"
+    parser = study_parser("study_recall", __doc__, seeds=[1], only=VARIANTS, quick=quick)
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps at most")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--width", type=int, default=64)
@@ -353,32 +347,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=256, help="sequences to measure each accuracy on")
     parser.add_argument("--checkpoint", nargs="+", help="probe these folders instead of training")
     parser.add_argument("--text", type=Path, help="with --checkpoint: its sorted characters are the vocabulary")
-    parser.add_argument("--quick", action="store_true", help="a small model, 3 steps")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick below runs")
     args = parser.parse_args(argv)
     if args.quick:
         args.steps, args.lengths, args.width, args.tokens, args.samples = 3, [32], 16, 128, 8
-    folder = Path("runs/study_recall") if args.quick else HERE / "results"
     if args.checkpoint:
-        out = args.out or folder / "recall_checkpoints.csv"
-        done = {row["checkpoint"] for row in rows_of(out)}
+        out = out_of(args, "recall_checkpoints.csv")
         for checkpoint in args.checkpoint:
-            if Path(checkpoint).resolve().name not in done:
+            if (Path(checkpoint).resolve().name,) not in finished(out, "checkpoint"):
                 append(out, probe(checkpoint, args.text, args.lengths, args.samples))
-        text = probe_table(rows_of(out))
-    else:
-        out = args.out or folder / "recall.csv"
-        finished = {(row["attention"], int(row["seed"]), int(row["most_steps"])) for row in rows_of(out)}
-        for seed in args.seeds:
-            for name in args.only:
-                if (name, seed, args.steps) not in finished:
-                    append(out, run(name, seed, args))
-        text = table(rows_of(out))
-        draw(rows_of(out), out.with_suffix(".png"))
-    write_tables(out.with_suffix(".md"), text)
-    print(text)
+        write_up(out, rows_of(out), probe_table)
+        return
+    out = out_of(args, "recall.csv")
+    done = finished(out, "attention", "seed", "most_steps")
+    for seed in args.seeds:
+        for name in args.only:
+            if (name, str(seed), str(args.steps)) not in done:
+                append(out, run(name, seed, args))
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -15,22 +15,18 @@ so no row says that it trained in fp16. What a CPU can measure is the trained mo
 the rows "bf16 weights" and "fp16 weights" are evaluations of the run in fp32.
 """
 
-import argparse
 import itertools
 import math
 import re
 import shutil
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from study_rows import append, environment, mean_and_spread, quick_text, rows_of, shown_command, write_tables
-
-HERE = Path(__file__).parent
-CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
+from study_rows import SHAKESPEARE, Row, append, environment, out_of, quick_text, rows_of, shown_command, study_parser
+from study_tables import markdown, mean_and_spread, save_figure, write_up
 
 # name -> (label, changes to the recipe, color)
 VARIANTS: dict[str, tuple[str, str, str]] = {
@@ -98,7 +94,7 @@ def train(words: list[str], output: Path) -> dict[str, Any]:
     # the precision of a process's first run would stay that of all others
     AcceleratorState._reset_state()
     try:
-        loss = pretrain([str(CONFIG), *words, *SHARED.split(), "--output_dir", str(output)])["validation_loss"]
+        loss = pretrain([str(SHAKESPEARE), *words, *SHARED.split(), "--output_dir", str(output)])["validation_loss"]
     except NonFiniteError as error:
         # "step 12: the loss is nan; first seen in ..."
         step, _, rest = str(error).partition(": ")
@@ -150,7 +146,7 @@ def run(name: str, seed: int, cell: Cell, shared: list[str], data: Path, runs: P
     words = [*shared, *VARIANTS[name][1].split(), *in_training.words(), "--seed", str(seed), "--dataset", str(data)]
     words += ["--validation_fraction", str(HELD_OUT)]
     output = runs / "-".join(key_of({"attention": name, "seed": seed, **asdict(in_training)}))
-    command = shown_command("pretrain_causal_lm.py", [CONFIG.name, *words])
+    command = shown_command("pretrain_causal_lm.py", [SHAKESPEARE.name, *words])
     if cell.precision in CAST:
         outcome = train(words, output) if not (output / "last").exists() else {"diverged_at": ""}
         if outcome["diverged_at"] == "":
@@ -172,7 +168,7 @@ def run(name: str, seed: int, cell: Cell, shared: list[str], data: Path, runs: P
     }
 
 
-def shown(rows: Sequence[dict[str, str]]) -> str:
+def shown(rows: Sequence[Row]) -> str:
     """Mean loss of the seeds of a cell; the step at which a run broke, and how many did."""
     losses = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
     broken = [row["diverged_at"] for row in rows if row["diverged_at"]]
@@ -182,7 +178,7 @@ def shown(rows: Sequence[dict[str, str]]) -> str:
     return "; ".join([*parts, *dict.fromkeys(notes)])
 
 
-def select(rows: Sequence[dict[str, str]], name: str, cell: Cell) -> list[dict[str, str]]:
+def select(rows: Sequence[Row], name: str, cell: Cell) -> list[Row]:
     """Rows of a cell, one a seed."""
     return [row for row in rows if key_of(row) == key_of({"attention": name, "seed": row["seed"], **asdict(cell)})]
 
@@ -203,24 +199,22 @@ TITLES = {
 }
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Markdown: one table a sweep, validation loss, divergence in words."""
     tables = []
     for sweep, cells in SWEEPS.items():
         there = [cell for cell in cells if any(select(rows, name, cell) for name in VARIANTS)]
         if not there:
             continue
-        labels = " | ".join(column_label(sweep, cell) for cell in there)
-        lines = [f"**{TITLES[sweep]}**", "", f"| attention | {labels} |", "|---" * (len(there) + 1) + "|"]
-        for name, (label, _, _) in VARIANTS.items():
-            texts = [shown(select(rows, name, cell)) for cell in there]
-            if any(texts):
-                lines.append(f"| {label} | {' | '.join(texts)} |")
-        tables.append("\n".join(lines))
+        lines = [
+            [label, *(shown(select(rows, name, cell)) for cell in there)] for name, (label, _, _) in VARIANTS.items()
+        ]
+        heads = ["attention", *(column_label(sweep, cell) for cell in there)]
+        tables.append(f"**{TITLES[sweep]}**\n\n" + markdown(heads, [line for line in lines if any(line[1:])]))
     return "\n\n".join(tables)
 
 
-def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Loss against rate, clipped and not, and against depth; a cross on the upper edge is a run that diverged."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -259,23 +253,18 @@ def draw(rows: Sequence[dict[str, str]], path: Path) -> None:
     handles = [Line2D([], [], color=color, label=label) for label, _, color in VARIANTS.values()]
     handles.append(Line2D([], [], color="gray", marker="x", ls="", mew=2, label="diverged"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "a tiny model, 4 steps, without --data"
+    parser = study_parser("study_stability", __doc__, seeds=[1], only=VARIANTS, quick=quick)
     parser.add_argument("--data", type=Path, help="the text of tiny Shakespeare")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, 4 steps, without --data")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_stability"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick the folder of the runs")
     args = parser.parse_args(argv)
     if not (args.data or args.quick):
         parser.error("give --data tinyshakespeare.txt, or --quick")
-    out = args.out or (args.runs / "quick.csv" if args.quick else HERE / "results" / "stability.csv")
+    out = out_of(args, "stability.csv")
     shared = QUICK.split() if args.quick else [*SMALL.split(), *FULL.split()]
     data = args.data or quick_text(args.runs)
     done = {key_of(row) for row in rows_of(out)}
@@ -284,12 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         if key not in done:
             append(out, [run(name, seed, cell, shared, data, args.runs)])
             done.add(key)
-    text = table(rows_of(out))
-    write_tables(out.with_suffix(".md"), text)
-    draw(rows_of(out), out.with_suffix(".png"))
-    print(text)
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

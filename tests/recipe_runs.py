@@ -24,6 +24,8 @@ datasets.disable_progress_bars()
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
+# they import those beside them, as scripts do
+sys.path.insert(0, str(RECIPES))
 
 
 @cache

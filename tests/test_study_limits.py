@@ -28,12 +28,6 @@ def rows_in(path):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(autouse=True)
-def beside(monkeypatch):
-    # studies import each other, and the recipes, from their own folder
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
-
-
 @pytest.fixture
 def recall():
     return recipe("study_recall")
@@ -356,18 +350,18 @@ def test_numbers_beyond_fp16_are_a_note(stability, tmp_path):
 
 
 def test_a_reading_below_the_tables_is_kept(tmp_path):
-    rows = recipe("study_rows")
+    tables = recipe("study_tables")
     path = tmp_path / "study.md"
-    rows.write_tables(path, "| old |")
+    tables.write_tables(path, "| old |")
     assert path.read_text() == "| old |\n"
-    path.write_text(f"| old |\n\n{rows.SHOWS}\n\nWhat it shows.\n")
-    rows.write_tables(path, "| new |")
-    assert path.read_text() == f"| new |\n\n{rows.SHOWS}\n\nWhat it shows.\n"
+    path.write_text(f"| old |\n\n{tables.SHOWS}\n\nWhat it shows.\n")
+    tables.write_tables(path, "| new |")
+    assert path.read_text() == f"| new |\n\n{tables.SHOWS}\n\nWhat it shows.\n"
 
 
 @pytest.mark.parametrize("name", ["recall", "length", "stability", "listops"])
 def test_committed_tables_are_those_of_the_rows(name):
-    rows, shared = rows_in(RESULTS / f"{name}.csv"), recipe("study_rows")
+    rows, shared = rows_in(RESULTS / f"{name}.csv"), recipe("study_tables")
     written = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     tables, mark, reading = written.partition(shared.SHOWS)
     assert tables.rstrip("\n") == recipe(f"study_{name}").table(rows)
