@@ -9,21 +9,32 @@ the csv and not run again; the table and the figure are drawn from the csv. One 
 one CPU core.
 """
 
-import argparse
-import csv
+import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from study_rows import (
+    HERE,
+    SHAKESPEARE,
+    Row,
+    append,
+    by_seed,
+    environment_of,
+    finished,
+    out_of,
+    paired,
+    rows_of,
+    shown_command,
+    study_parser,
+    where,
+)
+from study_tables import dots_and_mean, markdown, mean_and_spread, mean_of, save_figure, write_up
 from tqdm import tqdm
-
-HERE = Path(__file__).parent
-CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
-RESULTS = HERE / "results"
 
 # name -> (what the table says, changes to the recipe, the softmax variant with the same extras)
 VARIANTS: dict[str, tuple[str, str, str]] = {
@@ -206,24 +217,10 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
 
 def run(name: str, seed: int, data: str, output: Path) -> dict[str, object]:
     """One training run in a process of its own; its row of the csv."""
-    import json
-
     changes = VARIANTS[name][1].split()
-    arguments = [
-        str(CONFIG),
-        "--dataset",
-        data,
-        "--seed",
-        str(seed),
-        "--output_dir",
-        str(output),
-        "--overwrite",
-        # the last evaluation is the one that counts, and each takes as long as a hundred steps
-        "--eval_steps",
-        "0",
-        *changes,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # the last evaluation is the one that counts, and each takes as long as a hundred steps
+    arguments = [str(SHAKESPEARE), "--dataset", data, "--seed", str(seed), "--eval_steps", "0", *changes]
+    arguments += ["--output_dir", str(output), "--overwrite"]
     log = output.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
@@ -231,110 +228,75 @@ def run(name: str, seed: int, data: str, output: Path) -> dict[str, object]:
             [sys.executable, str(HERE / "pretrain_causal_lm.py"), *arguments],
             stdout=file,
             stderr=file,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
     if done.returncode:
         sys.exit(f"{name}, seed {seed} failed: see {log}")
     results = json.loads((output / "results.json").read_text())
-    command = " ".join(["python recipes/pretrain_causal_lm.py", CONFIG.name, *changes, "--seed", str(seed)])
     return {
         "variant": name,
         "seed": seed,
         "validation_loss": round(results["validation_loss"], 4),
         "seconds": round(results["seconds"]),
-        "torch": results["versions"]["torch"],
-        "transformers": results["versions"]["transformers"],
-        "hf_polyattn": results["versions"]["hf-polyattn"],
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "command": command,
+        **environment_of(results),
+        "command": shown_command("pretrain_causal_lm.py", [SHAKESPEARE.name, *changes, "--seed", str(seed)]),
     }
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def losses(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """variant -> seed -> validation loss, in the order of VARIANTS."""
+    found = {name: by_seed(where(rows, variant=name), "validation_loss") for name in VARIANTS}
+    return {name: values for name, values in found.items() if values}
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: mean, spread and the difference to the softmax twin on the same seeds."""
-    losses: dict[str, dict[str, float]] = {}
-    for row in rows:
-        losses.setdefault(row["variant"], {})[row["seed"]] = float(row["validation_loss"])
-    lines = [
-        "| attention | validation loss, mean ± standard deviation | minus its softmax twin, same seeds | seeds |",
-        "|---|---|---|---|",
-    ]
-    for name, (label, _, twin_name) in VARIANTS.items():
-        if name not in losses:
-            continue
-        values = losses[name]
-        twin = losses.get(twin_name, {})
-        paired = [value - twin[seed] for seed, value in values.items() if seed in twin]
-        spread = f" ± {statistics.stdev(values.values()):.4f}" if len(values) > 1 else ""
-        difference = f"{statistics.mean(paired):+.4f}" if paired else ""
-        lines.append(f"| {label} | {statistics.mean(values.values()):.4f}{spread} | {difference} | {len(values)} |")
-    return "\n".join(lines)
+    found = losses(rows)
+
+    def lines() -> Iterator[list[object]]:
+        for name, values in found.items():
+            label, _, twin = VARIANTS[name]
+            difference = mean_of(paired(values, found.get(twin, {})), sign="+")
+            yield [label, mean_and_spread(values.values()), difference, len(values)]
+
+    loss = "validation loss, mean ± standard deviation"
+    return markdown(["attention", loss, "minus its softmax twin, same seeds", "seeds"], lines())
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """One row of dots a variant, a bar at its mean, softmax's mean as a line."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)][::-1]
-    figure, axes = plt.subplots(figsize=(9.5, 0.3 * len(names) + 1.2), layout="constrained")
-    for height, name in enumerate(names):
-        values = [float(row["validation_loss"]) for row in rows if row["variant"] == name]
-        color = "tab:gray" if name.startswith("softmax") else "tab:blue"
-        axes.plot(values, [height] * len(values), "o", color=color, alpha=0.6, markersize=5)
-        axes.plot([statistics.mean(values)] * 2, [height - 0.3, height + 0.3], color=color, linewidth=2)
-    softmax = [float(row["validation_loss"]) for row in rows if row["variant"] == "softmax"]
-    if softmax:
-        axes.axvline(statistics.mean(softmax), color="tab:gray", linestyle="--", linewidth=1, label="mean of softmax")
+    found = dict(reversed(losses(rows).items()))
+    figure = Figure(figsize=(9.5, 0.3 * len(found) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for height, (name, values) in enumerate(found.items()):
+        dots_and_mean(axes, list(values.values()), height, "tab:gray" if name.startswith("softmax") else "tab:blue")
+    if softmax := found.get("softmax"):
+        mean = statistics.mean(softmax.values())
+        axes.axvline(mean, color="tab:gray", linestyle="--", linewidth=1, label="mean of softmax")
         axes.legend(loc="lower right", frameon=False)
-    axes.set_yticks(range(len(names)), [VARIANTS[name][0] for name in names])
+    axes.set_yticks(range(len(found)), [VARIANTS[name][0] for name in found])
     axes.set_xlabel("validation loss (nats per character); dots: seeds, bar: mean", fontsize=9)
     figure.suptitle("Tiny Shakespeare, GPT-2 of 0.8M parameters, 2000 steps", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = study_parser("study_activations", __doc__, seeds=[1337, 1, 2], only=VARIANTS)
     parser.add_argument("--data", required=True, help="the text of tiny Shakespeare")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_activations"), help="folder of the checkpoints")
-    parser.add_argument("--out", type=Path, default=RESULTS / "shakespeare_activations.csv")
-    args = parser.parse_args()
-    have = {(row["variant"], int(row["seed"])) for row in read(args.out)}
+    args = parser.parse_args(argv)
+    out = out_of(args, "shakespeare_activations.csv")
+    have = finished(out, "variant", "seed")
     # seed by seed, so that an interrupted study compares all its variants on the same seeds
-    todo = [(name, seed) for seed in args.seeds for name in args.only if (name, seed) not in have]
+    todo = [(name, seed) for seed in args.seeds for name in args.only if (name, str(seed)) not in have]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [pool.submit(run, name, seed, args.data, args.runs / f"{name}-{seed}") for name, seed in todo]
         for future in tqdm(runs, desc="runs"):
-            append(args.out, future.result())
-    rows = read(args.out)
-    text = table(rows)
-    args.out.with_suffix(".md").write_text(text + "\n")
-    draw(rows, args.out.with_suffix(".png"))
-    print(text)
+            append(out, [future.result()])
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from study_norms_training import MODELS
-from study_parity import VARIANTS, Results, collect, spread
+from study_parity import VARIANTS, Results, collect
+from study_rows import by_seed, rows_of, where
 from study_scale import curves, fit
-from study_vision import of_scikit_learn, read
+from study_tables import mean_and_spread
+from study_vision import of_scikit_learn
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence.md"
@@ -63,7 +65,7 @@ class Claim:
     also: tuple[str, ...] = ()
 
     def finding(self, folder: Path) -> Finding:
-        if missing := [name for name in self.files if not read(folder / name)]:
+        if missing := [name for name in self.files if not rows_of(folder / name)]:
             return Finding([f"there is no {', '.join(missing)}: `{self.command}` writes it"], MISSING)
         return self.judge(folder)
 
@@ -81,7 +83,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def softmax_bounds(folder: Path) -> Finding:
-    rows = read(folder / "norms_theory_bounds.csv")
+    rows = rows_of(folder / "norms_theory_bounds.csv")
     # 1e-6 for float64 sums
     checks = [float(row["largest_over_sqrt_N"]) <= float(row["bound"]) + 1e-6 for row in rows]
     seen = []
@@ -99,16 +101,12 @@ def exponents(inputs: str) -> Callable[[Path], Finding]:
     def judge(folder: Path) -> Finding:
         checks, seen = [], []
         for normalization, claimed, form in (("none", 1.0, "s^p"), ("sqrt_length", 0.5, "s^p/√n")):
-            rows = [
-                row
-                for row in read(folder / "norms_theory_exponents.csv")
-                if (row["inputs"], row["normalization"]) == (inputs, normalization)
-            ]
+            rows = where(rows_of(folder / "norms_theory_exponents.csv"), inputs=inputs, normalization=normalization)
             # O(.) is a bound from above
             within = [float(row["exponent"]) <= claimed + EXPONENT_TOLERANCE for row in rows]
             checks += within
             for norm, label in (("frobenius", "‖A‖_F"), ("jacobian", "Jacobian")):
-                cubic = [row for row in rows if (row["norm"], row["degree"]) == (norm, "3")]
+                cubic = where(rows, norm=norm, degree="3")
                 values = [float(row["exponent"]) for row in rows if row["norm"] == norm]
                 shown = "; ".join(
                     f"p = 3, {row['mask']}: {float(row['exponent']):.2f} ({float(row['low']):.2f} to "
@@ -123,7 +121,7 @@ def exponents(inputs: str) -> Callable[[Path], Finding]:
 
 
 def scale_law(folder: Path) -> Finding:
-    rows = read(folder / "vision_scale.csv")
+    rows = rows_of(folder / "vision_scale.csv")
     by_length = curves(rows)
     seeds = sorted({len(curve) for curve in by_length.values()})
     seen = [f"N = {', '.join(map(str, by_length))}; {' to '.join(map(str, seeds))} seeds; {len(rows)} runs"]
@@ -139,11 +137,8 @@ def scale_law(folder: Path) -> Finding:
 
 
 def scaled_against_unscaled(folder: Path) -> Finding:
-    rows = [row for row in read(folder / "vision.csv") if row["data"] == "digits"]
-    losses = {
-        name: {row["seed"]: float(row["test_loss"]) for row in rows if row["variant"] == name and row["test_loss"]}
-        for name in ("monomial", "unscaled")
-    }
+    rows = where(rows_of(folder / "vision.csv"), data="digits")
+    losses = {name: by_seed(where(rows, variant=name), "test_loss") for name in ("monomial", "unscaled")}
     both = sorted(set(losses["monomial"]) & set(losses["unscaled"]))
     if len(both) < SEEDS:
         return Finding([f"{len(both)} seeds with both: a difference needs {SEEDS}"], MISSING)
@@ -151,7 +146,8 @@ def scaled_against_unscaled(folder: Path) -> Finding:
     low, high = interval(paired)
     seen = [
         f"ViT on digits, {rows[0]['N']} patches: test loss of s^3 minus that of s^3/√n "
-        f"{spread(paired, 1, 3, '+')} ({len(paired)} seeds; 95 % interval of the mean {low:+.3f} to {high:+.3f})",
+        f"{mean_and_spread(paired, 3, sign='+')} ({len(paired)} seeds; 95 % interval of the mean {low:+.3f} to "
+        f"{high:+.3f})",
         f"diverged: {sum(bool(row['note']) for row in rows if row['variant'] == 'unscaled')} runs of s^3, "
         f"{sum(bool(row['note']) for row in rows if row['variant'] == 'monomial')} of s^3/√n",
     ]
@@ -169,7 +165,7 @@ def norms_in_training(scaled: str, unscaled: str) -> Callable[[Path], Finding]:
     """Judge of the norms while models train: scaled within a factor 2 of softmax, unscaled above it."""
 
     def judge(folder: Path) -> Finding:
-        rows, runs = read(folder / "norms_training.csv"), read(folder / "norms_training_runs.csv")
+        rows, runs = rows_of(folder / "norms_training.csv"), rows_of(folder / "norms_training_runs.csv")
         checks, seen = [], []
         for model, label in MODELS.items():
             seeds = {
@@ -211,7 +207,7 @@ def parity(variant: str) -> Callable[[Path], Finding]:
             paired = found.paired(variant) if found else []
             if not paired:
                 continue
-            line = f"{found.label}, {found.metric}: {spread(paired, found.scale, found.digits, '+')} against softmax"
+            line = f"{found.label}, {found.metric}: {found.shown(paired, '+')} against softmax"
             line += f" ({len(paired)} seeds)"
             if name != "vit" and len(paired) >= SEEDS:
                 checks[name.removesuffix("-accuracy")] = is_level(found)
@@ -229,7 +225,7 @@ def parity(variant: str) -> Callable[[Path], Finding]:
 
 def stability(folder: Path) -> Finding:
     """Of the cells of the sweeps that softmax and s^3/√n were both trained in, fp32."""
-    rows = [row for row in read(folder / "stability.csv") if row["precision"] == "no"]
+    rows = [row for row in rows_of(folder / "stability.csv") if row["precision"] == "no"]
     broken = {
         name: {
             tuple(row[key] for key in ("seed", "learning_rate", "layers", "clip")): bool(row["diverged_at"])
@@ -250,7 +246,7 @@ def accuracies(name: str, form: str) -> Callable[[Path], Finding]:
     """Judge of a form's accuracies in one csv beside softmax's, task by task, means over all lengths of a seed."""
 
     def judge(folder: Path) -> Finding:
-        rows = [row for row in read(folder / name) if row["accuracy"]]
+        rows = [row for row in rows_of(folder / name) if row["accuracy"]]
         checks, seen = [], []
         for task in dict.fromkeys(row.get("task", "") for row in rows):
             found: dict[str, dict[str, list[float]]] = {}
@@ -258,13 +254,12 @@ def accuracies(name: str, form: str) -> Callable[[Path], Finding]:
                 if row.get("task", "") == task:
                     found.setdefault(row["attention"], {}).setdefault(row["seed"], []).append(float(row["accuracy"]))
             means = {key: {seed: statistics.mean(x) for seed, x in own.items()} for key, own in found.items()}
-            results = Results(task, "accuracy", means)
+            results = Results(task, "accuracy", means, scale=100, digits=1)
             if paired := results.paired(form):
                 checks.append(100 * statistics.mean(paired) >= -POINTS)
-                softmax = list(means["softmax"].values())
                 seen.append(
-                    f"{task}{': ' * bool(task)}softmax {spread(softmax, 100, 1)} %, difference "
-                    f"{spread(paired, 100, 1, '+')} points ({len(paired)} seeds): "
+                    f"{task}{': ' * bool(task)}softmax {results.shown(means['softmax'].values())} %, difference "
+                    f"{results.shown(paired, '+')} points ({len(paired)} seeds): "
                     f"{'level or better' if checks[-1] else 'behind'}"
                 )
         return Finding(seen or ["no run of the form beside one of softmax"], verdict_of(checks) if checks else MISSING)
@@ -274,22 +269,17 @@ def accuracies(name: str, form: str) -> Callable[[Path], Finding]:
 
 def longer_than_trained(folder: Path) -> Finding:
     """Loss at the longest length minus loss at the trained one, of the default form and of softmax."""
-    rows = [row for row in read(folder / "length.csv") if row["minus_trained_length"]]
+    column = "minus_trained_length"
+    rows = [row for row in rows_of(folder / "length.csv") if row[column]]
     longest = max((int(row["length"]) for row in rows), default=0)
-    rises = {
-        name: {
-            row["seed"]: float(row["minus_trained_length"])
-            for row in rows
-            if (row["attention"], int(row["length"])) == (name, longest)
-        }
-        for name in ("softmax", "length")
-    }
-    paired = Results("", "loss", rises).paired("length")
+    rises = {name: by_seed(where(rows, attention=name, length=str(longest)), column) for name in ("softmax", "length")}
+    results = Results("", "loss", rises, digits=2)
+    paired = results.paired("length")
     if not paired:
         return Finding(["no run of the form beside one of softmax"], MISSING)
     seen = [
-        f"at {longest} characters the loss is {spread(list(rises['softmax'].values()), 1, 2, '+')} (softmax) and "
-        f"{spread(list(rises['length'].values()), 1, 2, '+')} (degree 3, defaults) from that at the trained length"
+        f"at {longest} characters the loss is {results.shown(rises['softmax'].values(), '+')} (softmax) and "
+        f"{results.shown(rises['length'].values(), '+')} (degree 3, defaults) from that at the trained length"
     ]
     return Finding(seen, HOLDS if statistics.mean(paired) <= 0 else FAILS)
 

@@ -11,28 +11,24 @@ are also pushed uphill, to see how near its norms come to the bounds. Writes OUT
 OUT_bounds.csv, OUT.md and OUT.png; two minutes on one CPU core. --quick: short sequences, few draws, in seconds.
 """
 
-import argparse
-import csv
 import math
-import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from study_rows import environment, out_of, shown_command, study_parser, write_rows
+from study_tables import markdown, save_figure, write_up
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-import hf_polyattn
 from hf_polyattn.diagnostics import RowMap
 from hf_polyattn.diagnostics.probing import probing
 from hf_polyattn.ops.masks import build_keep
 
-HERE = Path(__file__).parent
 DEGREES = range(1, 7)
 HEAD_DIM = 64
 SEED = 0
@@ -236,13 +232,12 @@ def draw(points: list[dict[str, Any]], exponents: list[dict[str, Any]], path: Pa
     ]
     handles.append(Line2D([], [], color="gray", ls=":", label="predicted: 1/2 and 1"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def table(exponents: list[dict[str, Any]]) -> str:
     """Markdown: exponents of ‖A‖_F and of the Jacobian for Gaussian and trained inputs, causal."""
-    lines = ["| inputs, mask | form | ‖A‖_F | predicted | Jacobian | predicted |", "|---|---|---|---|---|---|"]
+    lines = []
     rows = {(row["inputs"], row["mask"], row["form"], row["norm"]): row for row in exponents}
     for (inputs, mask, form, norm), row in rows.items():
         if norm != "frobenius" or row["degree"] not in (0, 1, 2, 3, 6):
@@ -252,8 +247,8 @@ def table(exponents: list[dict[str, Any]]) -> str:
             one = rows[inputs, mask, form, other]
             predicted = one["predicted"] if one["predicted"] == "" else f"{one['predicted']:.2f}"
             cells += [f"{one['exponent']:.3f} ({one['low']:.3f} to {one['high']:.3f})", predicted]
-        lines.append(f"| {inputs}, {mask} | {form} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"{inputs}, {mask}", form, *cells])
+    return markdown(["inputs, mask", "form", "‖A‖_F", "predicted", "Jacobian", "predicted"], lines)
 
 
 def slope_of(values: dict[int, float]) -> float:
@@ -261,25 +256,19 @@ def slope_of(values: dict[int, float]) -> float:
     return round(float(np.polyfit(np.log(list(values)), np.log(list(values.values())), 1)[0]), 9)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+def rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = study_parser("study_norms_theory", __doc__, quick="short sequences, 4 draws")
     parser.add_argument("--checkpoint", help="folder of a character GPT-2; without it, Gaussian inputs alone")
     parser.add_argument("--text", type=Path, help="the text whose sorted characters are its vocabulary")
     parser.add_argument("--draws", type=int, default=32, help="draws, or windows of the text, at each length")
-    parser.add_argument("--quick", action="store_true", help="short sequences, 4 draws")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick runs/norms_theory")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) != (args.text is None):
         parser.error("--checkpoint and --text go together")
-    out = args.out or (Path("runs/norms_theory/quick.csv") if args.quick else HERE / "results" / "norms_theory.csv")
+    out = out_of(args, "norms_theory.csv")
     draws = 4 if args.quick else args.draws
     lengths = [16, 32, 64, 128] if args.quick else [32, 64, 128, 256, 512, 1024]
     sources = {"gaussian": (lengths, gaussian_scores(lengths, draws))}
@@ -288,15 +277,12 @@ def main(argv: list[str] | None = None) -> None:
         scores = trained_scores(args.checkpoint, args.text.read_text(encoding="utf-8"), short, draws)
         sources["trained"] = (short, scores)
 
-    names = f" --checkpoint {Path(args.checkpoint).name} --text {args.text.name}" if args.checkpoint else ""
+    words = ["--checkpoint", args.checkpoint, "--text", str(args.text)] if args.checkpoint else []
     facts = {
         "draws": draws,
         "seed": SEED,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_polyattn": hf_polyattn.__version__,
-        "device": f"{platform.machine()} CPU",
-        "command": f"python recipes/study_norms_theory.py{names}" + (" --quick" if args.quick else ""),
+        **environment(torch.device("cpu")),
+        "command": shown_command("study_norms_theory.py", [*words, *["--quick"] * args.quick]),
     }
     points, exponents = [], []
     for source, (at, scores) in sources.items():
@@ -322,13 +308,9 @@ def main(argv: list[str] | None = None) -> None:
         for norm, bound in (("frobenius", 1), ("jacobian", 2))
         for n in (2, 8, 32)
     ]
-    write(out, points)
-    write(out.with_name(f"{out.stem}_exponents.csv"), exponents)
-    write(out.with_name(f"{out.stem}_bounds.csv"), bounds)
-    draw(points, exponents, out.with_suffix(".png"))
-    text = table(exponents)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    for end, rows in (("", points), ("_exponents", exponents), ("_bounds", bounds)):
+        write_rows(out.with_name(f"{out.stem}{end}.csv"), rounded(rows))
+    write_up(out, exponents, table, partial(draw, points))
     for row in bounds:
         print(
             f"softmax, uphill, N = {row['N']}: {row['norm']} {row['largest_over_sqrt_N']:.3f} sqrt N of {row['bound']}"
@@ -336,4 +318,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

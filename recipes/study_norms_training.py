@@ -12,21 +12,31 @@ a model, OUT.png for GPT-2 and OUT_MODEL.png for the others. A run takes less th
 ones are kept. --quick: smaller models on Python's own source and on the digits, 12 steps each, in seconds.
 """
 
-import argparse
-import csv
 import dataclasses
 import importlib
 import itertools
 import json
-import platform
 import statistics
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
+from study_rows import (
+    SHAKESPEARE,
+    Row,
+    append,
+    environment,
+    finished,
+    out_of,
+    rows_of,
+    shown_command,
+    study_parser,
+    trained,
+    where,
+)
+from study_tables import markdown, mean_of, save_figure
+
 MODELS = {"gpt2": "GPT-2", "llama": "LLaMA", "bert": "BERT", "vit": "ViT"}
 MEASURED = ("frobenius", "jacobian", "score_spread", "dead_share", "effective_keys", "output_rms")
 INTERVAL = 100
@@ -68,32 +78,24 @@ QUICK_SHAPES = {
 
 
 def train_text(model: str, words: list[str], quick: bool, output: Path) -> tuple[dict[str, Any], float, str]:
-    """One run of a recipe: its results, none where it diverged; seconds a step without measuring; the command."""
-    # beside this file, as a script finds them
+    """One run of a recipe: its results, a note where it diverged; seconds a step without measuring; the command."""
     from study_parity import FAMILIES
 
     from hf_polyattn.training.diagnosing import LINES
-    from hf_polyattn.training.nonfinite import NonFiniteError
 
     recipe = "pretrain_masked_lm" if model == "bert" else "pretrain_causal_lm"
     if model != "gpt2":
         words = ["--model_type", model, "--model_config", json.dumps(FAMILIES[model].shape), *words]
     if quick:
         words += [word for name, size in QUICK_SHAPES[model].items() for word in (f"--model_config.{name}", str(size))]
-    results: dict[str, Any] = {}
-    try:
-        arguments = [str(CONFIG), *words, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"]
-        results = importlib.import_module(recipe).main(arguments)
-    except NonFiniteError as error:
-        # that a form diverges is a result too
-        results["note"] = str(error).split(";")[0]
+    arguments = [str(SHAKESPEARE), *words, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"]
+    results, note = trained(importlib.import_module(recipe).main, arguments)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     # not every step has a line, and the last may have none
     steps, seconds = max((line["step"], line.get("seconds", 0)) for line in lines if "seconds" in line)
     measured = [json.loads(line) for line in (output / LINES).read_text().splitlines()]
     step_seconds = (seconds - sum(line["seconds"] for line in measured if line["step"] <= steps)) / steps
-    shown = [f"'{word}'" if " " in word else word for word in words]
-    return results, step_seconds, " ".join([f"python recipes/{recipe}.py", CONFIG.name, *shown])
+    return results | {"note": note}, step_seconds, shown_command(f"{recipe}.py", [SHAKESPEARE.name, *words])
 
 
 def train_images(name: str, seed: int, quick: bool, every: int, output: Path) -> tuple[dict[str, Any], float, str]:
@@ -121,7 +123,7 @@ def train_images(name: str, seed: int, quick: bool, every: int, output: Path) ->
     results = vision.train(setup, VARIANTS[name][1], vision.digits(seed, setup.image), seed, watch)
     step_seconds = (results["seconds"] - sum(costs)) / results["steps"]
     words = f"--models vit --only {name} --seeds {seed}{' --quick' * quick}"
-    return results, step_seconds, f"python recipes/study_norms_training.py {words}"
+    return results, step_seconds, shown_command("study_norms_training.py", words.split())
 
 
 def run(
@@ -129,9 +131,7 @@ def run(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One training run: its rows of OUT.csv, and its row of OUT_runs.csv."""
     import torch
-    import transformers
 
-    import hf_polyattn
     from hf_polyattn.diagnostics import read_reports
     from hf_polyattn.training.diagnosing import LINES
 
@@ -155,72 +155,49 @@ def run(
         **key,
         "steps": max(reports),
         "validation_loss": loss if loss == "" else round(loss, 4),
-        "note": results.get("note", ""),
+        "note": results["note"],
         "step_ms": round(1e3 * step_seconds, 2),
         "measurement_ms": round(1e3 * cost, 2),
         f"overhead_every_{INTERVAL}": round(cost / (INTERVAL * step_seconds), 4),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_polyattn": hf_polyattn.__version__,
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+        # the ViT's loop is study_vision's own, on the processor
+        **environment(torch.device("cpu") if model == "vit" else None),
         "command": command,
     }
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def table(rows: list[dict[str, str]], runs: list[dict[str, str]]) -> str:
+def table(rows: list[Row], runs: list[Row]) -> str:
     """Markdown: both norms of the last layer at the start, at most and at the end, with the loss that was reached.
 
     Means over the seeds; a run that diverged shows where.
     """
-    lines = [
-        "| model | attention | ‖A‖_F/√N, last layer: start, largest, end | Jacobian: start, largest, end "
-        "| validation loss | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model, label in MODELS.items():
-        for name, (title, *_) in VARIANTS.items():
-            done = [run for run in runs if (run["model"], run["variant"]) == (model, name)]
+
+    def lines() -> Iterator[list[object]]:
+        for (model, label), (name, (title, *_)) in itertools.product(MODELS.items(), VARIANTS.items()):
+            done = where(runs, model=model, variant=name)
             if not done:
                 continue
             cells = []
             for key in ("frobenius", "jacobian"):
                 values = [summary(rows, model, name, key, run["seed"]) for run in done]
                 cells.append(", ".join(f"{statistics.mean(x):.2g}" for x in zip(*values, strict=True)))
-            losses = [float(run["validation_loss"]) for run in done if run["validation_loss"]]
-            loss = "; ".join(
-                [f"{statistics.mean(losses):.4f}"] * bool(losses) + [run["note"] for run in done if run["note"]]
-            )
-            lines.append(f"| {label} | {title} | {cells[0]} | {cells[1]} | {loss} | {len(done)} |")
-    return "\n".join(lines)
+            loss = mean_of([float(run["validation_loss"]) for run in done if run["validation_loss"]])
+            notes = "; ".join(filter(None, [loss, *(run["note"] for run in done)]))
+            yield [label, title, *cells, notes, len(done)]
+
+    norms = "‖A‖_F/√N, last layer: start, largest, end", "Jacobian: start, largest, end"
+    return markdown(["model", "attention", *norms, "validation loss", "seeds"], lines())
 
 
-def summary(rows: list[dict[str, str]], model: str, name: str, key: str, seed: str) -> tuple[float, float, float]:
+def summary(rows: list[Row], model: str, name: str, key: str, seed: str) -> tuple[float, float, float]:
     """One number of the last layer of a run: at the start, at most, at the end."""
-    own = [row for row in rows if (row["model"], row["variant"], row["seed"]) == (model, name, seed)]
+    own = where(rows, model=model, variant=name, seed=seed)
     last = max(int(row["layer"]) for row in own)
     own = sorted((row for row in own if int(row["layer"]) == last), key=lambda row: int(row["step"]))
     values = [float(row[key]) for row in own]
     return values[0], max(values), values[-1]
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Of one model: norms, softmax's bounds and dead scores over the steps: one column a layer, one line a variant.
 
     Lines are means over the seeds.
@@ -257,45 +234,37 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axes.set_xlabel("optimizer step")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "small models, a few steps, without --data"
+    parser = study_parser("study_norms_training", __doc__, seeds=[1337], only=VARIANTS, quick=quick)
     parser.add_argument("--data", help="the text of tiny Shakespeare")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
-    parser.add_argument("--quick", action="store_true", help="small models, a few steps, without --data")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_norms_training"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick the folder of the runs")
     args = parser.parse_args(argv)
     if not (args.data or args.quick or args.models == ["vit"]):
         parser.error("give --data tinyshakespeare.txt, or --quick, or --models vit, which has its own images")
-    out = args.out or (args.runs / "quick.csv" if args.quick else HERE / "results" / "norms_training.csv")
+    out = out_of(args, "norms_training.csv")
     runs_csv = out.with_name(f"{out.stem}_runs.csv")
     shared = [*QUICK.split(), "--diagnostics_steps", "4"]
     if not args.quick:
         shared = ["--dataset", str(args.data), "--max_steps", str(args.steps), "--diagnostics_steps", "10"]
         shared += SHORT.split()
-    done = {(row["model"], row["variant"], row["seed"]) for row in read(runs_csv)}
+    done = finished(runs_csv, "model", "variant", "seed")
     # seed by seed, so that an interrupted study compares all its variants on the same seeds
     for seed, model, name in itertools.product(args.seeds, args.models, args.only):
         if (model, name, str(seed)) not in done:
             rows, summary_row = run(model, name, seed, shared, args.quick, args.runs / f"{model}-{name}-{seed}")
-            if args.data:
-                summary_row["command"] = summary_row["command"].replace(args.data, Path(args.data).name)
             append(out, rows)
             append(runs_csv, [summary_row])
-    rows, runs = read(out), read(runs_csv)
+    rows, runs = rows_of(out), rows_of(runs_csv)
     for model in MODELS:
-        if own := [row for row in rows if row["model"] == model]:
+        if own := where(rows, model=model):
             draw(own, out.with_suffix(".png") if model == "gpt2" else out.with_name(f"{out.stem}_{model}.png"))
     print(table(rows, runs))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -13,26 +13,32 @@ from all three. A run takes 2 to 3 minutes on one CPU core. --quick: smaller mod
 in seconds.
 """
 
-import argparse
 import json
 import shutil
-import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pretrain_causal_lm
 import pretrain_masked_lm
-from study_vision import append, facts, read
+from study_rows import (
+    SHAKESPEARE,
+    Row,
+    append,
+    by_seed,
+    environment,
+    finished,
+    out_of,
+    paired,
+    rows_of,
+    shown_command,
+    study_parser,
+    trained,
+    where,
+)
+from study_tables import dots_and_mean, markdown, mean_and_spread, save_figure, write_up
 from tqdm import tqdm
-
-from hf_polyattn.training.nonfinite import NonFiniteError
-
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-CONFIG = HERE / "configs" / "pretrain_causal_lm" / "shakespeare_char_0.8m.yaml"
 
 # name -> (what the table says, changes to the recipe)
 VARIANTS: dict[str, tuple[str, str]] = {
@@ -107,27 +113,23 @@ def run(model: str, variant: str, seed: int, data: list[str], output: Path) -> d
     """One training run; its row of the csv."""
     family = FAMILIES[model]
     changes = [*family.words(model, variant), *data, "--seed", str(seed)]
-    start, note = time.process_time(), ""
-    try:
-        # the last evaluation is the one that counts
-        arguments = [str(CONFIG), *changes, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"]
-        results = family.recipe(arguments)
-    except NonFiniteError as error:
-        # that a form diverges is a result too
-        results, note = {"validation_loss": "", "parameters": ""}, str(error).split(";")[0]
+    start = time.process_time()
+    # the last evaluation is the one that counts
+    arguments = [str(SHAKESPEARE), *changes, "--eval_steps", "0", "--output_dir", str(output), "--overwrite"]
+    results, note = trained(family.recipe, arguments)
     # the study keeps numbers, not weights
     shutil.rmtree(output)
     script = "pretrain_masked_lm.py" if model == "bert" else "pretrain_causal_lm.py"
-    shown = [Path(word).name if word.startswith("/") else f"'{word}'" if " " in word else word for word in changes]
     return {
         "model": model,
         "variant": variant,
         "seed": seed,
         "validation_loss": "" if note else round(results["validation_loss"], 4),
         "note": note,
-        "parameters": results["parameters"],
+        "parameters": results.get("parameters", ""),
         "seconds": round(time.process_time() - start),
-        **facts(" ".join(["python", f"recipes/{script}", CONFIG.name, *shown])),
+        **environment(),
+        "command": shown_command(script, [SHAKESPEARE.name, *changes]),
     }
 
 
@@ -143,28 +145,25 @@ class Results:
 
     def paired(self, variant: str) -> list[float]:
         """Minus softmax, seed by seed."""
-        twin = self.values.get("softmax", {})
-        return [x - twin[seed] for seed, x in self.values.get(variant, {}).items() if seed in twin]
+        return paired(self.values.get(variant, {}), self.values.get("softmax", {}))
+
+    def shown(self, values: Collection[float], sign: str = "") -> str:
+        return mean_and_spread(values, self.digits, self.scale, sign)
 
 
 def collect(own: Path) -> dict[str, Results]:
     """All results that there are, by model, from the csv of this study and those beside it."""
 
-    def values(rows: list[dict[str, str]], key: str) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        for row in rows:
-            if row["variant"] in VARIANTS and row[key]:
-                found.setdefault(row["variant"], {})[row["seed"]] = float(row[key])
-        return found
+    def values(rows: list[Row], key: str) -> dict[str, dict[str, float]]:
+        found = {name: by_seed(where(rows, variant=name), key) for name in VARIANTS}
+        return {name: numbers for name, numbers in found.items() if numbers}
 
-    rows = read(own)
-    images = [row for row in read(own.with_name("vision.csv")) if row["data"] == "digits"]
+    images = where(rows_of(own.with_name("vision.csv")), data="digits")
     loss = "validation loss, nats per character"
-    out = {
-        "gpt2": Results("GPT-2", loss, values(read(own.with_name("shakespeare_activations.csv")), "validation_loss"))
-    }
+    gpt2 = rows_of(own.with_name("shakespeare_activations.csv"))
+    out = {"gpt2": Results("GPT-2", loss, values(gpt2, "validation_loss"))}
     for name, family in FAMILIES.items():
-        mine = [row for row in rows if row["model"] == name]
+        mine = where(rows_of(own), model=name)
         what = "validation loss, nats per masked character" if name == "bert" else loss
         out[name] = Results(family.label, what, values(mine, "validation_loss"))
     out["vit"] = Results("ViT, digits", "test loss, nats per image", values(images, "test_loss"))
@@ -173,24 +172,18 @@ def collect(own: Path) -> dict[str, Results]:
     return {name: results for name, results in out.items() if results.values}
 
 
-def spread(values: list[float], scale: float, digits: int, sign: str = "") -> str:
-    if not values:
-        return ""
-    deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):{sign}.{digits}f}{deviation}"
-
-
 def table(results: dict[str, Results]) -> str:
     """Markdown: mean ± standard deviation over the seeds, of the numbers and of their differences to softmax."""
-    lines = ["| model | attention | metric | value | minus softmax, same seeds | seeds |", "|---|---|---|---|---|---|"]
-    for found in results.values():
-        for name, (label, _) in VARIANTS.items():
-            if name in found.values:
-                numbers = list(found.values[name].values())
-                value = spread(numbers, found.scale, found.digits)
-                paired = [] if name == "softmax" else found.paired(name)
-                difference = spread(paired, found.scale, found.digits, "+")
-                lines.append(f"| {found.label} | {label} | {found.metric} | {value} | {difference} | {len(numbers)} |")
+
+    def lines() -> Iterator[list[object]]:
+        for found in results.values():
+            for name in (name for name in VARIANTS if name in found.values):
+                numbers = found.values[name].values()
+                difference = "" if name == "softmax" else found.shown(found.paired(name), "+")
+                label = VARIANTS[name][0]
+                yield [found.label, label, found.metric, found.shown(numbers), difference, len(numbers)]
+
+    text = markdown(["model", "attention", "metric", "value", "minus softmax, same seeds", "seeds"], lines())
     missing = [family.label for name, family in FAMILIES.items() if name not in results]
     missing += [
         f"{found.label}: {VARIANTS[name][0]}"
@@ -198,9 +191,7 @@ def table(results: dict[str, Results]) -> str:
         for name in VARIANTS
         if name not in found.values
     ]
-    if missing:
-        lines += ["", f"Not measured: {'; '.join(missing)}."]
-    return "\n".join(lines)
+    return text + (f"\n\nNot measured: {'; '.join(missing)}." if missing else "")
 
 
 def draw(results: dict[str, Results], path: Path) -> None:
@@ -215,10 +206,8 @@ def draw(results: dict[str, Results], path: Path) -> None:
     ):
         for height, name in enumerate(names):
             values = found.paired(name)
-            if values:
-                axes.plot(values, [height] * len(values), "o", color="tab:blue", alpha=0.6, markersize=5)
-                axes.plot([statistics.mean(values)] * 2, [height - 0.3, height + 0.3], color="tab:blue", lw=2)
-            else:
+            dots_and_mean(axes, values, height, "tab:blue")
+            if not values:
                 axes.annotate("not measured", (0, height), fontsize=8, color="gray", va="center")
         axes.axvline(0, color="tab:gray", ls="--", lw=1)
         axes.set_title(found.label, fontsize=10)
@@ -229,35 +218,26 @@ def draw(results: dict[str, Results], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.suptitle("From scratch, same seed and recipe: left of the dashed line is better than softmax", fontsize=10)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "small models, a few steps, without --data"
+    parser = study_parser("study_parity", __doc__, seeds=[1337, 1, 2], only=VARIANTS, quick=quick)
     parser.add_argument("--data", help="the text of tiny Shakespeare")
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="small models, a few steps, without --data")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_parity"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick the folder of the runs")
     args = parser.parse_args(argv)
     if not (args.data or args.quick):
         parser.error("give --data tinyshakespeare.txt, or --quick")
-    out = args.out or (args.runs / "quick.csv" if args.quick else RESULTS / "parity.csv")
+    out = out_of(args, "parity.csv")
     words = QUICK.split() if args.quick else ["--dataset", args.data]
-    have = {(row["model"], row["variant"], row["seed"]) for row in read(out)}
+    have = finished(out, "model", "variant", "seed")
     # seed by seed, so that an interrupted study compares all its variants on the same seeds
     wanted = [(model, name, seed) for seed in args.seeds for model in args.models for name in args.only]
     for model, name, seed in tqdm([x for x in wanted if (x[0], x[1], str(x[2])) not in have], desc="runs"):
-        append(out, run(model, name, seed, words, args.runs / f"{model}-{name}-{seed}"))
-    results = collect(out)
-    text = table(results)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    draw(results, out.with_suffix(".png"))
-    print(text)
+        append(out, [run(model, name, seed, words, args.runs / f"{model}-{name}-{seed}")])
+    write_up(out, collect(out), table, draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

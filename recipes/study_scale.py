@@ -13,20 +13,19 @@ choice is worth. Finished runs are kept. All 84 runs take 15 minutes of one CPU 
 of it. --quick: two short lengths, in seconds.
 """
 
-import argparse
 import dataclasses
 import math
 import statistics
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from study_vision import Setup, append, digits, facts, of_scikit_learn, read, train
+from study_rows import Row, append, by_seed, finished, out_of, rows_of, study_parser, where
+from study_tables import markdown, save_figure, write_up
+from study_vision import Setup, digits, facts, of_scikit_learn, train
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
 SMALL = Setup("digits", (8, 8), (1, 1), width=32, layers=2, heads=2, epochs=6, batch_size=32, learning_rate=3e-3)
 # patches -> image and patch
 LENGTHS: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -54,7 +53,7 @@ Curve = dict[float, float]
 """c -> validation loss, infinity where the run diverged."""
 
 
-def curves(rows: Iterable[dict[str, str]]) -> dict[int, dict[str, Curve]]:
+def curves(rows: Iterable[Row]) -> dict[int, dict[str, Curve]]:
     """N -> seed -> curve."""
     found: dict[int, dict[str, Curve]] = {}
     for row in rows:
@@ -88,7 +87,7 @@ class Fit:
         return f"c goes like n^{self.slope:.2f} (95 % interval {self.low:.2f} to {self.high:.2f}){ends}"
 
 
-def fit(rows: Iterable[dict[str, str]]) -> Fit:
+def fit(rows: Iterable[Row]) -> Fit:
     """Least squares through all lengths and seeds, each seed a point; the interval is Student's."""
     stats = of_scikit_learn("scipy.stats")
     points = [(length + 1, *best(curve)) for length, seeds in curves(rows).items() for curve in seeds.values()]
@@ -97,40 +96,38 @@ def fit(rows: Iterable[dict[str, str]]) -> Fit:
     return Fit(line.slope, line.slope - half, line.slope + half, len(points), sum(end for *_, end in points))
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: the best constant by length, and what missing it by a factor of 4 costs."""
-    lines = [
-        "| N | √N | best c, each seed | c/√N, mean | test accuracy at the best c of the grid, % | at c/4 | at 4c |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for length, seeds in curves(rows).items():
-        found = [best(curve) for curve in seeds.values()]
-        shown = ", ".join(f"{c:.3g}{' (no valley)' if end else ''}" for c, end in found)
-        ratio = statistics.geometric_mean(c for c, _ in found) / math.sqrt(length)
-        own = [row for row in rows if int(row["N"]) == length]
-        cells = []
-        for octaves in (0, -2, 2):
-            accuracies = []
-            for seed, curve in seeds.items():
-                chosen = min(curve, key=lambda c: curve[c]) * 2**octaves
+
+    def lines() -> Iterator[list[object]]:
+        for length, seeds in curves(rows).items():
+            found = [best(curve) for curve in seeds.values()]
+            constants = ", ".join(f"{c:.3g}{' (no valley)' if end else ''}" for c, end in found)
+            ratio = statistics.geometric_mean(c for c, _ in found) / math.sqrt(length)
+            cells = []
+            for octaves in (0, -2, 2):
+                chosen = {seed: min(curve, key=lambda c: curve[c]) * 2**octaves for seed, curve in seeds.items()}
                 here = [
-                    row["test_accuracy"]
-                    for row in own
-                    if row["seed"] == seed and math.isclose(float(row["constant"]), chosen, rel_tol=1e-3)
+                    row
+                    for row in where(rows, N=str(length))
+                    if math.isclose(float(row["constant"]), chosen[row["seed"]], rel_tol=1e-3)
                 ]
-                accuracies += [100 * float(x) for x in here if x]
-            cells.append(f"{statistics.mean(accuracies):.1f} ({len(accuracies)})" if accuracies else "")
-        lines.append(f"| {length} | {math.sqrt(length):.3g} | {shown} | {ratio:.2f} | {' | '.join(cells)} |")
+                accuracies = [100 * x for x in by_seed(here, "test_accuracy").values()]
+                cells.append(f"{statistics.mean(accuracies):.1f} ({len(accuracies)})" if accuracies else "")
+            yield [length, f"{math.sqrt(length):.3g}", constants, f"{ratio:.2f}", *cells]
+
+    accuracy = "test accuracy at the best c of the grid, %"
+    text = markdown(["N", "√N", "best c, each seed", "c/√N, mean", accuracy, "at c/4", "at 4c"], lines())
     line = fit(rows)
-    lines += ["", f"In brackets: seeds. {len(rows)} runs. The best {line}; 1/√N would be n^0.50."]
+    text += f"\n\nIn brackets: seeds. {len(rows)} runs. The best {line}; 1/√N would be n^0.50."
     if line.low <= 0 and line.high >= 0.5:
-        lines.append(
-            "The interval has 0 and 1/2 in it: these runs cannot tell how the best constant goes with the length."
+        text += (
+            "\nThe interval has 0 and 1/2 in it: these runs cannot tell how the best constant goes with the length."
         )
-    return "\n".join(lines)
+    return text
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Test accuracy and validation loss over c, a line a length; best c over the number of keys with the fit."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -172,36 +169,29 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("s³/c in a ViT on digits, by length: which constant trains best", fontsize=10)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "8 and 16 patches, three constants, a smaller model"
+    parser = study_parser("study_scale", __doc__, seeds=[1, 2, 3], quick=quick)
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--octaves", type=int, nargs="+", default=list(OCTAVES), help="c is sqrt(N) times 2 to these")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--quick", action="store_true", help="8 and 16 patches, three constants, a smaller model")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick runs/study_scale")
     args = parser.parse_args(argv)
-    out = args.out or (Path("runs/study_scale/quick.csv") if args.quick else HERE / "results" / "vision_scale.csv")
+    out = out_of(args, "vision_scale.csv")
     if args.quick:
         args.lengths, args.octaves, args.seeds = [8, 16], [-2, 0, 2], args.seeds[:2]
-    have = {(int(row["N"]), int(row["octave"]), int(row["seed"])) for row in read(out)}
+    have = {tuple(map(int, key)) for key in finished(out, "N", "seed", "octave")}
     # seed by seed, so that an interrupted study has all its lengths
     wanted = [(n, seed, k) for seed in args.seeds for n in args.lengths for k in args.octaves]
-    for length, seed, octave in tqdm([run for run in wanted if (run[0], run[2], run[1]) not in have], desc="runs"):
+    for length, seed, octave in tqdm([run for run in wanted if run not in have], desc="runs"):
         setup, constant = setup_of(length, args.quick), math.sqrt(length) * 2**octave
         row = {"N": length, "octave": octave, "constant": f"{constant:.6g}", "seed": seed}
         row |= train(setup, attention_of(constant), digits(seed, setup.image), seed)
         words = f"--lengths {length} --octaves {octave} --seeds {seed}{' --quick' * args.quick}"
-        append(out, row | {"changes": attention_of(constant)} | facts(f"python recipes/study_scale.py {words}"))
-    rows = read(out)
-    text = table(rows)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    draw(rows, out.with_suffix(".png"))
-    print(text)
+        append(out, [row | {"changes": attention_of(constant)} | facts("study_scale.py", words)])
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

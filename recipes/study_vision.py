@@ -11,37 +11,44 @@ and the figure are drawn from it. A run takes 20 seconds of one CPU core (`secon
 a smaller model, 4 epochs, in seconds. Fashion-MNIST is for those who have it: 28x28 images in patches of 4, 3 epochs.
 """
 
-import argparse
-import csv
 import gzip
 import importlib
 import json
 import math
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate.utils import set_seed
+from study_rows import (
+    Row,
+    append,
+    by_seed,
+    environment,
+    finished,
+    out_of,
+    paired,
+    rows_of,
+    shown_command,
+    study_parser,
+    where,
+)
+from study_tables import dots_and_mean, markdown, mean_and_spread, mean_of, save_figure, write_up
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-import hf_polyattn
 from hf_polyattn import start_scores
 from hf_polyattn.evaluating import evaluating
 from hf_polyattn.training.models import replace_attention
 from hf_polyattn.training.optimization import adamw, set_learning_rate
 from hf_polyattn_arguments import AttentionArguments, ModelArguments, OptimizationArguments
 from hf_polyattn_parsing import parse_arguments
-
-HERE = Path(__file__).parent
 
 # name -> (what the table says, changes to the recipe)
 VARIANTS: dict[str, tuple[str, str]] = {
@@ -237,90 +244,48 @@ def train(setup: Setup, attention: str, splits: Splits, seed: int, watch: Watch 
     return numbers | {"note": note, "seconds": round(seconds, 1)}
 
 
-def facts(command: str) -> dict[str, Any]:
-    """What a row says about how it came about."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_polyattn": hf_polyattn.__version__,
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
-        "command": command,
-    }
+def facts(script: str, words: str) -> Row:
+    """What a row says about how it came about; `train` computes on the processor."""
+    return {**environment(torch.device("cpu")), "command": shown_command(script, words.split())}
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def by_seed(rows: list[dict[str, str]], variant: str, key: str) -> dict[str, float]:
-    """seed -> number, of the runs that came to their end."""
-    return {row["seed"]: float(row[key]) for row in rows if row["variant"] == variant and row[key]}
-
-
-def cell(values: dict[str, float], twin: dict[str, float] | None, scale: float, digits: int) -> str:
-    """Mean ± standard deviation, and in brackets the mean difference to the twin on the same seeds."""
-    if not values:
-        return "diverged"
-    spread = f" ± {scale * statistics.stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
-    paired = [value - twin[seed] for seed, value in values.items() if seed in twin] if twin else []
-    # + 0.0: no minus before a zero
-    difference = f" ({round(scale * statistics.mean(paired), digits) + 0.0:+.{digits}f})" if paired else ""
-    return f"{scale * statistics.mean(values.values()):.{digits}f}{spread}{difference}"
-
-
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown, a block for each data set: mean, spread and in brackets the paired difference to softmax."""
-    lines = [
-        "| data | attention | test accuracy, % | test loss | training loss | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for data in dict.fromkeys(row["data"] for row in rows):
-        for name, (label, _) in VARIANTS.items():
-            own = [row for row in rows if row["data"] == data]
-            count = sum(row["variant"] == name for row in own)
-            if not count:
-                continue
-            cells = []
-            for key, scale, places in (("test_accuracy", 100, 2), ("test_loss", 1, 3), ("train_loss", 1, 3)):
-                twin = by_seed(own, "softmax", key) if name != "softmax" else None
-                cells.append(cell(by_seed(own, name, key), twin, scale, places))
-            lines.append(f"| {data} | {label} | {' | '.join(cells)} | {count} |")
-    if not any(row["data"] == FASHION.data for row in rows):
-        lines += ["", "Fashion-MNIST: not measured; `--data FOLDER` runs it."]
-    return "\n".join(lines)
+
+    def cell(own: list[Row], name: str, key: str, scale: float, digits: int) -> str:
+        values = by_seed(where(own, variant=name), key)
+        twin = by_seed(where(own, variant="softmax"), key) if name != "softmax" else {}
+        difference = mean_of(paired(values, twin), digits, scale, "+")
+        return (mean_and_spread(values.values(), digits, scale) or "diverged") + f" ({difference})" * bool(difference)
+
+    def lines() -> Iterator[list[object]]:
+        for data in dict.fromkeys(row["data"] for row in rows):
+            own = where(rows, data=data)
+            for name, (label, _) in VARIANTS.items():
+                if count := len(where(own, variant=name)):
+                    metrics = ("test_accuracy", 100, 2), ("test_loss", 1, 3), ("train_loss", 1, 3)
+                    yield [data, label, *(cell(own, name, *metric) for metric in metrics), count]
+
+    text = markdown(["data", "attention", "test accuracy, %", "test loss", "training loss", "seeds"], lines())
+    if not where(rows, data=FASHION.data):
+        text += "\n\nFashion-MNIST: not measured; `--data FOLDER` runs it."
+    return text
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Test accuracy and test loss: a dot a seed, a bar at the mean, softmax's mean as a line."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["data"] == rows[0]["data"]]
-    names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)][::-1]
+    rows = where(rows, data=rows[0]["data"])
+    names = [name for name in VARIANTS if where(rows, variant=name)][::-1]
     figure = Figure(figsize=(10, 0.4 * len(names) + 1.5), layout="constrained")
     panels = {"test_accuracy": ("test accuracy, %", 100), "test_loss": ("test loss, nats", 1)}
     for axes, (key, (label, scale)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         for height, name in enumerate(names):
-            values = [scale * x for x in by_seed(rows, name, key).values()]
-            color = "tab:gray" if name == "softmax" else "tab:blue"
-            if values:
-                axes.plot(values, [height] * len(values), "o", color=color, alpha=0.6, markersize=5)
-                axes.plot([statistics.mean(values)] * 2, [height - 0.3, height + 0.3], color=color, linewidth=2)
-        softmax = list(by_seed(rows, "softmax", key).values())
-        if softmax:
-            axes.axvline(scale * statistics.mean(softmax), color="tab:gray", linestyle="--", linewidth=1)
+            values = [scale * x for x in by_seed(where(rows, variant=name), key).values()]
+            dots_and_mean(axes, values, height, "tab:gray" if name == "softmax" else "tab:blue")
+        if softmax := by_seed(where(rows, variant="softmax"), key):
+            axes.axvline(scale * statistics.mean(softmax.values()), color="tab:gray", linestyle="--", linewidth=1)
         axes.set_xlabel(label)
         axes.locator_params(axis="x", nbins=6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -328,23 +293,19 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axes.set_yticks(range(len(names)), [VARIANTS[name][0] for name in names])
     title = f"ViT on {rows[0]['data']}, {rows[0]['N']} patches, {rows[0]['steps']} steps"
     figure.suptitle(f"{title}; dots: seeds, bar: mean, dashed: mean of softmax", fontsize=10)
-    # no software version or date inside: equal runs give equal files
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    quick = "digits, a smaller model, 4 epochs"
+    parser = study_parser("study_vision", __doc__, seeds=[1, 2, 3], only=VARIANTS, quick=quick)
     parser.add_argument("--data", type=Path, help="folder of the idx files of Fashion-MNIST; without it, the digits")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="digits, a smaller model, 4 epochs")
-    parser.add_argument("--out", type=Path, help="csv; default: recipes/results, with --quick runs/study_vision")
     args = parser.parse_args(argv)
     if args.quick and args.data:
         parser.error("--quick is for the digits: leave out --data")
-    out = args.out or (Path("runs/study_vision/quick.csv") if args.quick else HERE / "results" / "vision.csv")
+    out = out_of(args, "vision.csv")
     setup = QUICK if args.quick else FASHION if args.data else DIGITS
-    have = {(row["data"], row["variant"], row["seed"]) for row in read(out)}
+    have = finished(out, "data", "variant", "seed")
     # seed by seed, so that an interrupted study compares all its variants on the same seeds
     todo = [(seed, name) for seed in args.seeds for name in args.only if (setup.data, name, str(seed)) not in have]
     for seed, name in tqdm(todo, desc="runs"):
@@ -352,12 +313,8 @@ def main(argv: list[str] | None = None) -> None:
         row = {"data": setup.data, "variant": name, "seed": seed, "N": setup.patches}
         words = f"--only {name} --seeds {seed}{' --data FOLDER' if args.data else ''}{' --quick' * args.quick}"
         row |= train(setup, VARIANTS[name][1], splits, seed)
-        append(out, row | {"changes": VARIANTS[name][1]} | facts(f"python recipes/study_vision.py {words}"))
-    rows = read(out)
-    text = table(rows)
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    draw(rows, out.with_suffix(".png"))
-    print(text)
+        append(out, [row | {"changes": VARIANTS[name][1]} | facts("study_vision.py", words)])
+    write_up(out, rows_of(out), table, draw)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,7 @@ def theory():
 
 
 @pytest.fixture
-def training(monkeypatch):
-    # it imports the recipes beside it
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+def training():
     importlib.import_module("pretrain_causal_lm")
     return recipe("study_norms_training")
 

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 
 import pytest
 from recipe_runs import RECIPES, recipe, write_text
@@ -23,16 +22,13 @@ def write_rows(path, rows):
 
 
 @pytest.fixture
-def parity(monkeypatch):
-    # it imports the recipes beside it
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+def parity():
     return recipe("study_parity")
 
 
 @pytest.fixture
-def evidence(monkeypatch):
+def evidence():
     pytest.importorskip("scipy")
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
     return recipe("study_evidence")
 
 
@@ -254,4 +250,4 @@ def test_the_committed_page_is_what_the_rows_say(evidence, tmp_path, capsys):
 def test_the_committed_table_is_that_of_its_rows(parity):
     table = parity.table(parity.collect(RESULTS / "parity.csv"))
     assert (RESULTS / "parity.md").read_text(encoding="utf-8") == table + "\n"
-    assert all(row["command"].startswith("python recipes/") for row in parity.read(RESULTS / "parity.csv"))
+    assert all(row["command"].startswith("python recipes/") for row in parity.rows_of(RESULTS / "parity.csv"))

@@ -26,9 +26,7 @@ def vision():
 
 
 @pytest.fixture
-def scale(monkeypatch):
-    # it imports the study beside it
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+def scale():
     return recipe("study_scale")
 
 
