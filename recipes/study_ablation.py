@@ -14,24 +14,18 @@ import argparse
 import hashlib
 import os
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
 import convert
-import torch
-import transformers
-from accelerate import PartialState
-from study_checkpoints import appended, name_of, rows_of, shown
 from study_conversion import Sentences
+from study_rows import Row, append, environment, finished, name_of, out_of, rows_of, shown_command, study_parser, where
+from study_tables import markdown, mean_and_spread, write_up
 from tqdm import tqdm
 from transformers import AutoModel
 
-import hf_polyattn
 from hf_polyattn.steps import DivergedError
-from hf_polyattn.training.devices import device_name
 
-HERE = Path(__file__).parent
 QUARTIC = "--degree 4 --coefficients 1 1 0.375 0.0625 0.00390625 --normalization sum --calibrate.fit gain"
 
 # name -> changes to the recipe, and the tasks that they are for
@@ -114,88 +108,75 @@ def arguments(task: str, changes: str, args: argparse.Namespace) -> list[str]:
     return [*words, *changed]
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: a line for each change, a column for each task; means over seeds."""
     tasks = list(dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows))
-    header = [f"{checkpoint}, {metric}" for _, checkpoint, metric in tasks]
-    lines = [f"| conversion | {' | '.join(header)} |", "|" + "---|" * (1 + len(tasks))]
+    lines = []
     for name in ("softmax", *VARIANTS):
-        cells = []
-        for task, checkpoint, _ in tasks:
-            wanted = (task, checkpoint, name)
-            values = [float(r["value"]) for r in rows if (r["task"], r["checkpoint"], r["variant"]) == wanted]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            seeds = f" ({len(values)} seeds)" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{spread}{seeds}" if values else "")
+        own = [where(rows, task=task, checkpoint=checkpoint, variant=name) for task, checkpoint, _ in tasks]
+        cells = [
+            mean_and_spread([float(row["value"]) for row in found]) + f" ({len(found)} seeds)" * (len(found) > 1)
+            for found in own
+        ]
         if any(cells):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([name, *cells])
+    return markdown(["conversion", *(f"{checkpoint}, {metric}" for _, checkpoint, metric in tasks)], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    # seeds are of the order of the data
+    parser = study_parser("study_ablation", __doc__, seeds=[1], only=VARIANTS)
     parser.add_argument("task", choices=("sentences", "text"))
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--train", required=True, help="sentences: csv; text: the text")
     parser.add_argument("--validation", help="sentences: csv")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the order of the data")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_ablation"), help="folder of the models")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "ablation.csv")
     args = parser.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     checkpoint = name_of(args.checkpoint)
-    have = {(row["task"], row["checkpoint"], row["variant"], row["seed"]) for row in rows_of(args.out)}
+    results = out_of(args, "ablation.csv")
+    have = finished(results, "task", "checkpoint", "variant", "seed")
     judge = Sentences(args, None) if args.task == "sentences" else None  # type: ignore[arg-type]
     names = [name for name in args.only if args.task in VARIANTS[name][1]]
-    todo = [(seed, name) for seed in args.seeds for name in names]
-    with appended(args.out) as write:
 
-        def note(name: str, seed: int, value: float, report: object, command: str) -> None:
-            write(
-                {
-                    "task": args.task,
-                    "checkpoint": checkpoint,
-                    "variant": name,
-                    "seed": seed,
-                    "metric": "spearman" if judge else "loss",
-                    "value": round(value, 4),
-                    "training_tokens": getattr(report, "tokens", 0),
-                    "seconds": round(getattr(report, "seconds", 0)),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "hf_polyattn": hf_polyattn.__version__,
-                    "device": device_name(PartialState().device),
-                    "command": command,
-                }
+    def note(name: str, seed: int, value: float, report: object, command: str) -> None:
+        row = {
+            "task": args.task,
+            "checkpoint": checkpoint,
+            "variant": name,
+            "seed": seed,
+            "metric": "spearman" if judge else "loss",
+            "value": round(value, 4),
+            "training_tokens": getattr(report, "tokens", 0),
+            "seconds": round(getattr(report, "seconds", 0)),
+            **environment(),
+            "command": command,
+        }
+        append(results, [row])
+        have.add((args.task, checkpoint, name, str(seed)))
+
+    for seed, name in tqdm([(seed, name) for seed in args.seeds for name in names], desc="conversions"):
+        if (args.task, checkpoint, name, str(seed)) in have:
+            continue
+        out = args.runs / f"{args.task}-{list(VARIANTS).index(name):02d}-{seed}"
+        shutil.rmtree(out, ignore_errors=True)
+        words = [*arguments(args.task, VARIANTS[name][0], args), "--seed", str(seed)]
+        command = shown_command("convert.py", words)
+        try:
+            report = convert.main([*words, "--output_dir", str(out)])
+        except DivergedError as error:
+            # a change that trains to nothing is a result, and no reason to lose the others; a mistake is none
+            tqdm.write(f"{name}, seed {seed}: {error}", file=sys.stderr)
+            note(name, seed, float("nan"), None, f"{command}  # {error}")
+            continue
+        value = judge.score(AutoModel.from_pretrained(out).eval()) if judge else report.rows[-1].score
+        note(name, seed, value, report, command)
+        if (args.task, checkpoint, "softmax", "0") not in have:
+            untouched = (
+                judge.score(AutoModel.from_pretrained(args.checkpoint).eval()) if judge else report.rows[0].score
             )
-            have.add((args.task, checkpoint, name, str(seed)))
-
-        for seed, name in tqdm(todo, desc="conversions"):
-            if (args.task, checkpoint, name, str(seed)) in have:
-                continue
-            out = args.runs / f"{args.task}-{list(VARIANTS).index(name):02d}-{seed}"
-            shutil.rmtree(out, ignore_errors=True)
-            words = [*arguments(args.task, VARIANTS[name][0], args), "--seed", str(seed)]
-            command = f"python recipes/convert.py {shown(words)}"
-            try:
-                report = convert.main([*words, "--output_dir", str(out)])
-            except DivergedError as error:
-                # a change that trains to nothing is a result, and no reason to lose the others; a mistake is none
-                tqdm.write(f"{name}, seed {seed}: {error}", file=sys.stderr)
-                note(name, seed, float("nan"), None, f"{command}  # {error}")
-                continue
-            value = judge.score(AutoModel.from_pretrained(out).eval()) if judge else report.rows[-1].score
-            note(name, seed, value, report, command)
-            if (args.task, checkpoint, "softmax", "0") not in have:
-                untouched = (
-                    judge.score(AutoModel.from_pretrained(args.checkpoint).eval()) if judge else report.rows[0].score
-                )
-                note("softmax", 0, untouched, None, "untouched")
-            shutil.rmtree(out, ignore_errors=True)
-    text = table(rows_of(args.out))
-    args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+            note("softmax", 0, untouched, None, "untouched")
+        shutil.rmtree(out, ignore_errors=True)
+    write_up(results, rows_of(results), table)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,19 @@ parameters, fine-tuned on stories that the untouched model wrote itself; loss on
 (BERT) on movie reviews. Rows go to results/checkpoints.csv; those of a checkpoint that are there are not run again.
 """
 
-import argparse
-import contextlib
-import csv
 import itertools
 import json
-import os
-import shlex
-import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import finetune_causal_lm
 import finetune_classifier
 import torch
+from study_rows import Row, append, environment_of, finished, name_of, out_of, rows_of, shown, study_parser, where
+from study_tables import markdown, mean_and_spread, write_up
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-HERE = Path(__file__).parent
 CUBIC = ["--activation", "poly", "--degree", "3", "--calibration_fit", "coefficients"]
 # cubic sees as many steps as softmax; transferred has unlabelled steps of attention transfer before them
 TWINS = {
@@ -36,12 +30,6 @@ TWINS = {
     "transferred": [*CUBIC, "--transfer_steps", "80"],
 }
 LETTERS, LENGTH = "012", 6
-
-
-def name_of(checkpoint: str) -> str:
-    """The checkpoint as it stands in rows and file names: a folder's own name, or the Hub's without its slash."""
-    path = Path(checkpoint)
-    return path.resolve().name if path.is_dir() else checkpoint.replace("/", "--")
 
 
 def sort_data(folder: Path, checkpoint: str) -> list[str]:
@@ -117,78 +105,26 @@ TASKS: dict[str, tuple[Callable[..., dict], Callable[..., list[str]], Callable[[
 }
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The whole csv, written aside and renamed: a stop leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(aside, path)
-
-
-def shown(words: Iterable[str]) -> str:
-    """The words of a command as they stand in a row: of a path its last part, quoted where there are spaces."""
-    return shlex.join(Path(word).name if "/" in word else word for word in words)
-
-
-@contextlib.contextmanager
-def appended(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Writes rows as they come, so that an interrupted study keeps what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            writer = csv.DictWriter(file, list(row))
-            # a study that was stopped before its first row has left an empty file
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-
-        yield write
-
-
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: mean and spread of each task and checkpoint, cubic beside softmax."""
-    lines = [
-        "| task | checkpoint | metric | softmax | cubic | cubic after attention transfer | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for task, checkpoint, metric in dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows):
-        cells, counts = [], []
-        for name in TWINS:
-            here = [
-                row for row in rows if (row["task"], row["checkpoint"], row["attention"]) == (task, checkpoint, name)
-            ]
-            values = [float(row["value"]) for row in here]
+
+    def lines() -> Iterator[list[object]]:
+        for task, checkpoint, metric in dict.fromkeys((row["task"], row["checkpoint"], row["metric"]) for row in rows):
+            own = where(rows, task=task, checkpoint=checkpoint)
+            values = [[float(row["value"]) for row in where(own, attention=name)] for name in TWINS]
             digits = 0 if metric == "sorted_of_729" else 4
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-            counts += [len(values)] if values else []
-        lines.append(f"| {task} | {checkpoint} | {metric} | {' | '.join(cells)} | {min(counts)} |")
-    return "\n".join(lines)
+            seeds = min(len(x) for x in values if x)
+            yield [task, checkpoint, metric, *(mean_and_spread(x, digits) for x in values), seeds]
+
+    twins = "softmax", "cubic", "cubic after attention transfer"
+    return markdown(["task", "checkpoint", "metric", *twins, "seeds"], lines())
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = study_parser("study_checkpoints", __doc__, seeds=[1, 2, 3], only=TWINS)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--data", help="sentiment: csv with the columns text and label")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", choices=TWINS, default=list(TWINS))
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/study_checkpoints"), help="folder of checkpoints and data"
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "checkpoints.csv")
     args = parser.parse_args(argv)
     recipe, prepare, score, metric = TASKS[args.task]
     if args.task == "sentiment" and not args.data:
@@ -196,35 +132,29 @@ def main(argv: list[str] | None = None) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     settings = prepare(args.runs, args.data or args.checkpoint)
     checkpoint = name_of(args.checkpoint)
-    have = {(row["task"], row["checkpoint"], row["attention"], row["seed"]) for row in rows_of(args.out)}
-    with appended(args.out) as write:
-        for seed, name in itertools.product(args.seeds, args.only):
-            if (args.task, checkpoint, name, str(seed)) in have:
-                continue
-            output = args.runs / f"{args.task}-{checkpoint}-{name}-{seed}"
-            changes = [*settings, *TWINS[name], "--seed", str(seed)]
-            results = recipe(["--model", args.checkpoint, *changes, "--output_dir", str(output), "--overwrite"])
-            if score is not None:
-                results |= score(output / "last")
-            write(
-                {
-                    "task": args.task,
-                    "checkpoint": checkpoint,
-                    "attention": name,
-                    "seed": seed,
-                    "metric": metric,
-                    "value": round(results[metric], 4),
-                    "seconds": round(results["seconds"]),
-                    "torch": results["versions"]["torch"],
-                    "transformers": results["versions"]["transformers"],
-                    "hf_polyattn": results["versions"]["hf-polyattn"],
-                    "device": results["device"],
-                    "command": f"--model {checkpoint} {shown(changes)}",
-                }
-            )
-    text = table(rows_of(args.out))
-    args.out.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    out = out_of(args, "checkpoints.csv")
+    have = finished(out, "task", "checkpoint", "attention", "seed")
+    for seed, name in itertools.product(args.seeds, args.only):
+        if (args.task, checkpoint, name, str(seed)) in have:
+            continue
+        output = args.runs / f"{args.task}-{checkpoint}-{name}-{seed}"
+        changes = [*settings, *TWINS[name], "--seed", str(seed)]
+        results = recipe(["--model", args.checkpoint, *changes, "--output_dir", str(output), "--overwrite"])
+        if score is not None:
+            results |= score(output / "last")
+        row = {
+            "task": args.task,
+            "checkpoint": checkpoint,
+            "attention": name,
+            "seed": seed,
+            "metric": metric,
+            "value": round(results[metric], 4),
+            "seconds": round(results["seconds"]),
+            **environment_of(results),
+            "command": f"--model {checkpoint} {shown(changes)}",
+        }
+        append(out, [row])
+    write_up(out, rows_of(out), table)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ Rows go to results/conversion.csv with their processor seconds; those that are t
 
 import argparse
 import copy
-import platform
-import statistics
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -25,16 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from study_checkpoints import appended, name_of, rows_of
+from study_rows import Row, append, environment, finished, name_of, out_of, rows_of, shown_command, study_parser, where
+from study_tables import markdown, mean_of
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import hf_polyattn
 from hf_polyattn import calibrate, patch_model
 from hf_polyattn.conversion import transfer_attention
 from hf_polyattn.distillation import distill
 
-HERE = Path(__file__).parent
 STAGES = ("patched", "gain", "coefficients", "transfer", "distilled")
 KEY = ("task", "checkpoint", "attention", "stage", "seed")
 CALIBRATION = 16  # batches
@@ -179,23 +176,21 @@ def tune(
     return distill(model, teacher, stream, steps=steps, cross_entropy=share, warmup_steps=20, **rates).tokens
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: one line a checkpoint and attention, one column a stage; means over seeds, and how many there are."""
     columns = ("softmax", "softmax-tuned", *STAGES)
-    lines = [f"| checkpoint, metric | attention | {' | '.join(columns)} |", "|" + "---|" * (2 + len(columns))]
+    lines = []
     for checkpoint, metric, attention in dict.fromkeys((r["checkpoint"], r["metric"], r["attention"]) for r in rows):
-        cells = []
-        for stage in columns:
-            wanted = (checkpoint, attention, stage)
-            values = [float(r["value"]) for r in rows if (r["checkpoint"], r["attention"], r["stage"]) == wanted]
-            seeds = f" ({len(values)} seeds)" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{seeds}" if values else "")
-        lines.append(f"| {checkpoint}, {metric} | {attention} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        own = where(rows, checkpoint=checkpoint, attention=attention)
+        found = [[float(row["value"]) for row in where(own, stage=stage)] for stage in columns]
+        cells = [mean_of(values) + f" ({len(values)} seeds)" * (len(values) > 1) for values in found]
+        lines.append([f"{checkpoint}, {metric}", attention, *cells])
+    return markdown(["checkpoint, metric", "attention", *columns], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    # seeds are of the data, calibration's too
+    parser = study_parser("study_conversion", __doc__, seeds=[1])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--train", help="sentences: csv; text: the text")
@@ -203,12 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--normalizations", nargs="+", default=["length", "sqrt_length"])
     parser.add_argument("--stages", nargs="+", choices=("softmax-tuned", *STAGES), default=["softmax-tuned", *STAGES])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the data, calibration's too")
     parser.add_argument("--transfer_steps", type=int, default=200)
     parser.add_argument("--distill_steps", type=int, default=600)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of distillation and of the softmax twin")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_conversion"), help="folder of sampled data")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "conversion.csv")
     args = parser.parse_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     kind = TASKS[args.task]
@@ -219,55 +211,48 @@ def main(argv: list[str] | None = None) -> None:
     def key(attention: str, stage: str, seed: int) -> tuple[str, ...]:
         return args.task, checkpoint, attention, stage, str(seed)
 
-    have = {tuple(row[name] for name in KEY) for row in rows_of(args.out)}
-    with appended(args.out) as write:
+    out = out_of(args, "conversion.csv")
+    have = finished(out, *KEY)
 
-        def note(attention: str, stage: str, seed: int, model: PreTrainedModel, tokens: int, seconds: float) -> None:
-            if key(attention, stage, seed) in have:
-                return
-            value = round(task.score(model.eval()), 4)
-            print(f"{checkpoint}, {attention}, {stage}, seed {seed}: {task.metric} {value}", flush=True)
-            words = [Path(word).name if "/" in word else word for word in (sys.argv[1:] if argv is None else argv)]
-            write(
-                {
-                    **dict(zip(KEY, key(attention, stage, seed), strict=True)),
-                    "metric": task.metric,
-                    "value": value,
-                    "training_tokens": tokens,
-                    "processor_seconds": round(seconds),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "hf_polyattn": hf_polyattn.__version__,
-                    "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-                    "command": "python recipes/study_conversion.py " + " ".join(words),
-                }
-            )
-            have.add(key(attention, stage, seed))
+    def note(attention: str, stage: str, seed: int, model: PreTrainedModel, tokens: int, seconds: float) -> None:
+        if key(attention, stage, seed) in have:
+            return
+        value = round(task.score(model.eval()), 4)
+        print(f"{checkpoint}, {attention}, {stage}, seed {seed}: {task.metric} {value}", flush=True)
+        row = {
+            **dict(zip(KEY, key(attention, stage, seed), strict=True)),
+            "metric": task.metric,
+            "value": value,
+            "training_tokens": tokens,
+            "processor_seconds": round(seconds),
+            **environment(model.device),
+            "command": shown_command("study_conversion.py", sys.argv[1:] if argv is None else argv),
+        }
+        append(out, [row])
+        have.add(key(attention, stage, seed))
 
-        note("softmax", "softmax", 0, teacher, 0, 0)
-        if "distilled" in task.stages and "softmax-tuned" in args.stages:
-            for seed in args.seeds:
-                if key("softmax", "softmax-tuned", seed) not in have:
-                    start, model = time.process_time(), copy.deepcopy(teacher)
-                    tokens = tune(model, None, task.batches(seed), args.transfer_steps + args.distill_steps, args)
-                    note("softmax", "softmax-tuned", seed, model, tokens, time.process_time() - start)
-        for normalization in args.normalizations:
-            for degree in args.degrees:
-                attention = f"degree {degree} / {normalization}"
-                for seed in args.seeds:
-                    stages = [
-                        s
-                        for s in STAGES
-                        if s in args.stages and (s in task.stages) and key(attention, s, seed) not in have
-                    ]
-                    start = time.process_time()
-                    options = {"degree": degree, "normalization": normalization}
-                    for stage, model, tokens in convert(teacher, task, options, stages, seed, args) if stages else ():
-                        if stage in stages:
-                            spent = time.process_time() - start
-                            note(attention, stage, seed, model, tokens, spent)
-                            start = time.process_time() - spent  # scoring is not part of it
-    print(table(rows_of(args.out)))
+    note("softmax", "softmax", 0, teacher, 0, 0)
+    if "distilled" in task.stages and "softmax-tuned" in args.stages:
+        for seed in args.seeds:
+            if key("softmax", "softmax-tuned", seed) not in have:
+                start, model = time.process_time(), copy.deepcopy(teacher)
+                tokens = tune(model, None, task.batches(seed), args.transfer_steps + args.distill_steps, args)
+                note("softmax", "softmax-tuned", seed, model, tokens, time.process_time() - start)
+    for normalization, degree, seed in itertools.product(args.normalizations, args.degrees, args.seeds):
+        attention = f"degree {degree} / {normalization}"
+        stages = [
+            stage
+            for stage in STAGES
+            if stage in args.stages and stage in task.stages and key(attention, stage, seed) not in have
+        ]
+        options = {"degree": degree, "normalization": normalization}
+        start = time.process_time()
+        for stage, model, tokens in convert(teacher, task, options, stages, seed, args) if stages else ():
+            if stage in stages:
+                spent = time.process_time() - start
+                note(attention, stage, seed, model, tokens, spent)
+                start = time.process_time() - spent  # scoring is not part of it
+    print(table(rows_of(out)))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ import argparse
 import dataclasses
 import json
 import shlex
-import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from study_checkpoints import name_of, rows_of, shown, write_rows
+from study_rows import RESULTS, Row, by_seed, name_of, paired, rows_of, shown, where, write_rows
+from study_tables import markdown, mean_and_spread, mean_of, write_up
 
 from hf_polyattn.converting.report import TUNED
 from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_parsing import mapping
 from hf_polyattn_stages import STAGES, ConversionArguments, ConversionTextArguments
 
-HERE = Path(__file__).parent
 KEY = ("checkpoint", "attention", "settings", "stage", "seed", "steps")
 # shown elsewhere in a row, or without effect on what it says
 ELSEWHERE = {"model", "output_dir", "seed", "stages", *STAGES, "twin", "keep_stages", "save_steps", "num_workers"}
@@ -64,7 +64,7 @@ def _changed(values: dict[str, Any], group: type) -> list[str]:
     return found
 
 
-def rows_of_folder(folder: Path) -> list[dict[str, str]]:
+def rows_of_folder(folder: Path) -> list[Row]:
     """One row for each stage of a finished conversion."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     stages = results["stages"]
@@ -93,49 +93,39 @@ def rows_of_folder(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: one line a stage."""
-    lines = ["| checkpoint, metric | attention | stage | value | minus fine-tuned softmax, same seeds | seeds |"]
-    lines.append("|---|---|---|---|---|---|")
     groups = dict.fromkeys((r["checkpoint"], r["metric"], r["attention"], r["settings"], r["stage"]) for r in rows)
     conversions = {(checkpoint, attention, settings) for checkpoint, _, attention, settings, _ in groups}
-    for checkpoint, metric, attention, settings, stage in groups:
-        one = (checkpoint, attention, settings)
-        mine = {r["seed"]: float(r["value"]) for r in rows if _is(r, *one, stage)}
-        tuned = {r["seed"]: float(r["value"]) for r in rows if _is(r, *one, TUNED)}
-        # before the last stage it has seen fewer tokens than the twin
-        last = [s for c, _, a, t, s in groups if (c, a, t) == one and s != TUNED][-1]
-        paired = [value - tuned[seed] for seed, value in mine.items() if seed in tuned and stage == last]
-        spread = f" ± {statistics.stdev(mine.values()):.4f}" if len(mine) > 1 else ""
-        difference = f"{statistics.mean(paired):+.4f}" if paired else ""
-        value = f"{statistics.mean(mine.values()):.4f}{spread}"
-        # settings only where there are several of them
-        others = [s for c, a, s in conversions if (c, a) == (checkpoint, attention) and s != settings]
-        shown_attention = f"{attention} ({settings})" if others else attention
-        lines.append(
-            f"| {checkpoint}, {metric} | {shown_attention} | {stage} | {value} | {difference} | {len(mine)} |"
-        )
-    return "\n".join(lines)
 
+    def lines() -> Iterator[list[object]]:
+        for checkpoint, metric, attention, settings, stage in groups:
+            one = where(rows, checkpoint=checkpoint, attention=attention, settings=settings)
+            mine = by_seed(where(one, stage=stage), "value")
+            # before the last stage it has seen fewer tokens than the twin
+            last = [row["stage"] for row in one if row["stage"] != TUNED][-1]
+            tuned = by_seed(where(one, stage=TUNED), "value") if stage == last else {}
+            difference = mean_of(paired(mine, tuned), sign="+")
+            # settings only where there are several of them
+            others = [s for c, a, s in conversions if (c, a) == (checkpoint, attention) and s != settings]
+            label = f"{attention} ({settings})" if others else attention
+            yield [f"{checkpoint}, {metric}", label, stage, mean_and_spread(mine.values()), difference, len(mine)]
 
-def _is(row: dict[str, str], *wanted: str) -> bool:
-    return tuple(row[name] for name in ("checkpoint", "attention", "settings", "stage")) == wanted
+    difference = "minus fine-tuned softmax, same seeds"
+    return markdown(["checkpoint, metric", "attention", "stage", "value", difference, "seeds"], lines())
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", type=Path, nargs="+", help="output_dir of finished conversions")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "converted.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "converted.csv")
     args = parser.parse_args(argv)
-    rows = rows_of(args.out)
-    have = {tuple(row[name] for name in KEY): row for row in rows}
+    have = {tuple(row[name] for name in KEY): row for row in rows_of(args.out)}
     for row in (row for folder in args.folders for row in rows_of_folder(folder)):
         have.setdefault(tuple(row[name] for name in KEY), row)
     rows = list(have.values())
     write_rows(args.out, rows)
-    text = table(rows)
-    args.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_up(args.out, rows, table)
 
 
 if __name__ == "__main__":

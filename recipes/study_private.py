@@ -18,8 +18,7 @@ import argparse
 import contextlib
 import copy
 import csv
-import platform
-import statistics
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -27,17 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from study_checkpoints import appended, name_of, rows_of
 from study_conversion import CALIBRATION, Sentences
+from study_rows import Row, append, environment, finished, name_of, out_of, rows_of, shown_command, study_parser, where
+from study_tables import markdown, mean_and_spread, mean_of, write_up
 from transformers import AutoModel, PreTrainedModel
 
-import hf_polyattn
 from hf_polyattn import calibrate, patch_model
 from hf_polyattn.conversion import transfer_attention
 from hf_polyattn.private import computing_privately, make_private, private_report, score_range_penalty
 
-HERE = Path(__file__).parent
 DEGREE, BUCKETS = 2, 8
 STAGES = ("patched", "coefficients", "transfer")
 REACHED = {"length": STAGES, "constant": STAGES[1:], "bounded": STAGES[2:]}
@@ -113,40 +110,37 @@ def largest_score(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
         return penalty.largest
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown: means and standard deviations over seeds on the validation pairs, and the largest score."""
-    lines = [
-        "| checkpoint | attention | stage | held out | validation | largest score | processor seconds | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     rows = sorted(rows, key=lambda row: (row["checkpoint"], ATTENTIONS.index(row["attention"])))
     for checkpoint, attention, stage in dict.fromkeys((r["checkpoint"], r["attention"], r["stage"]) for r in rows):
-        wanted = (checkpoint, attention, stage)
-        here = [row for row in rows if (row["checkpoint"], row["attention"], row["stage"]) == wanted]
-        cells = []
-        for name, digits in (("held_out", 4), ("value", 4), ("largest_score", 1), ("processor_seconds", 0)):
-            values = [float(row[name]) for row in here if row[name]]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits == 4 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-        lines.append(f"| {checkpoint} | {attention} | {stage} | {' | '.join(cells)} | {len(here)} |")
-    return "\n".join(lines)
+        here = where(rows, checkpoint=checkpoint, attention=attention, stage=stage)
+
+        def values(name: str, here: list[Row] = here) -> list[float]:
+            return [float(row[name]) for row in here if row[name]]
+
+        cells = [mean_and_spread(values(name)) for name in ("held_out", "value")]
+        cells += [mean_of(values("largest_score"), 1), mean_of(values("processor_seconds"), 0)]
+        lines.append([checkpoint, attention, stage, *cells, len(here)])
+    scores = "held out", "validation", "largest score", "processor seconds"
+    return markdown(["checkpoint", "attention", "stage", *scores, "seeds"], lines)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    # seeds are of the data, calibration's too
+    parser = study_parser("study_private", __doc__, seeds=[1, 2, 3])
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--train", required=True, help="csv of sentence, sentence, score, without a header")
     parser.add_argument("--validation", required=True, help="csv, the same")
     parser.add_argument("--held_out", type=int, default=500, help="training pairs to choose settings on")
     parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the data, calibration's too")
     parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--score_bound", type=float, default=8.0)
     parser.add_argument("--score_weight", type=float, default=1.0)
     parser.add_argument("--no_validation", action="store_true", help="held-out pairs only, to choose settings")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "private.csv")
     return parser.parse_args(argv)
 
 
@@ -157,52 +151,43 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = name_of(args.checkpoint)
     measured = [next(task.batches(0)) for _ in range(8)]
 
-    have = {tuple(row[name] for name in KEY) for row in rows_of(args.out)}
-    with appended(args.out) as write:
+    out = out_of(args, "private.csv")
+    have = finished(out, *KEY)
 
-        def note(attention: str, stage: str, seed: int, model: PreTrainedModel, **found: Any) -> None:
-            value = "" if args.no_validation else round(task.score_on(model, task.validation), 4)
-            held_out = round(task.score_on(model, task.held_out), 4)
-            print(f"{attention}, {stage}, seed {seed}: held out {held_out}, validation {value}", flush=True)
-            words = [Path(word).name if "/" in word else word for word in (sys.argv[1:] if argv is None else argv)]
-            names = ("denominator", "steps", "learning_rate", "score_bound", "score_weight", "training_tokens")
-            write(
-                {
-                    **dict(zip(KEY, (checkpoint, attention, stage, str(seed)), strict=True)),
-                    "metric": "spearman",
-                    "held_out": held_out,
-                    "value": value,
-                    "largest_score": found.get("largest_score", ""),
-                    **{name: found.get(name, "") for name in (*names, "processor_seconds")},
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "hf_polyattn": hf_polyattn.__version__,
-                    "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-                    "command": "python recipes/study_private.py " + " ".join(words),
-                }
-            )
+    def note(attention: str, stage: str, seed: int, model: PreTrainedModel, **found: Any) -> None:
+        value = "" if args.no_validation else round(task.score_on(model, task.validation), 4)
+        held_out = round(task.score_on(model, task.held_out), 4)
+        print(f"{attention}, {stage}, seed {seed}: held out {held_out}, validation {value}", flush=True)
+        names = ("denominator", "steps", "learning_rate", "score_bound", "score_weight", "training_tokens")
+        row = {
+            **dict(zip(KEY, (checkpoint, attention, stage, str(seed)), strict=True)),
+            "metric": "spearman",
+            "held_out": held_out,
+            "value": value,
+            **{name: found.get(name, "") for name in ("largest_score", *names, "processor_seconds")},
+            **environment(model.device),
+            "command": shown_command("study_private.py", sys.argv[1:] if argv is None else argv),
+        }
+        append(out, [row])
 
-        if "softmax" in args.attentions and (checkpoint, "softmax", "softmax", "0") not in have:
-            note("softmax", "softmax", 0, teacher)
-        for seed in args.seeds:
-            for attention in (name for name in args.attentions if name in REACHED):
-                stages = [stage for stage in REACHED[attention] if stage in args.stages]
-                wanted = [stage for stage in stages if (checkpoint, attention, stage, str(seed)) not in have]
-                for stage, model, spent in convert(teacher, task, attention, seed, args) if wanted else ():
-                    if stage in wanted:
-                        found = {**spent, "largest_score": round(largest_score(model.eval(), measured), 1)}
-                        private = model if attention == "length" else make_private(copy.deepcopy(model))
-                        as_exported = contextlib.nullcontext if attention == "length" else computing_privately
-                        with as_exported(private.eval()):
-                            note(attention, stage, seed, private, **found)
-                        if attention != "length" and stage == "transfer" and seed == args.seeds[0]:
-                            path = args.out.with_name(f"{args.out.stem}_ranges_{attention}.txt")
-                            path.write_text(f"{private_report(private, measured)}\n")
-                    if stage == wanted[-1]:
-                        break
-    text = table(rows_of(args.out))
-    args.out.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    if "softmax" in args.attentions and (checkpoint, "softmax", "softmax", "0") not in have:
+        note("softmax", "softmax", 0, teacher)
+    for seed, attention in itertools.product(args.seeds, [name for name in args.attentions if name in REACHED]):
+        stages = [stage for stage in REACHED[attention] if stage in args.stages]
+        wanted = [stage for stage in stages if (checkpoint, attention, stage, str(seed)) not in have]
+        for stage, model, spent in convert(teacher, task, attention, seed, args) if wanted else ():
+            if stage in wanted:
+                found = {**spent, "largest_score": round(largest_score(model.eval(), measured), 1)}
+                private = model if attention == "length" else make_private(copy.deepcopy(model))
+                as_exported = contextlib.nullcontext if attention == "length" else computing_privately
+                with as_exported(private.eval()):
+                    note(attention, stage, seed, private, **found)
+                if attention != "length" and stage == "transfer" and seed == args.seeds[0]:
+                    path = out.with_name(f"{out.stem}_ranges_{attention}.txt")
+                    path.write_text(f"{private_report(private, measured)}\n")
+            if stage == wanted[-1]:
+                break
+    write_up(out, rows_of(out), table)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import HEADS, LAYERS, scale_attention
-from recipe_runs import RECIPES, die, in_fork, recipe, run_recipe, write_text
+from recipe_runs import die, in_fork, recipe, run_recipe, write_text
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -429,7 +429,6 @@ def test_stages_come_from_files(teachers, text, tmp_path):
 
 
 def test_finished_conversions_are_collected_once(teachers, text, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(RECIPES)  # it imports the recipes beside it
     study = recipe("study_converted")
     folders = [tmp_path / "one", tmp_path / "two"]
     reports = [run(teachers(), text, folder, *STAGES, "--twin", "--seed", i) for i, folder in enumerate(folders)]

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,8 +70,7 @@ def test_committed_rows_name_their_checkpoint_and_target(study):
 
 
 @pytest.fixture
-def study(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+def study():
     return recipe("study_private")
 
 

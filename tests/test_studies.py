@@ -2,7 +2,9 @@
 
 import argparse
 import csv
-import sys
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,6 @@ from hf_polyattn.training.tokenizers import byte_tokenizer
 @pytest.fixture
 def study(monkeypatch):
     """The study of checkpoints, with a recipe that returns at once; `calls` holds the arguments of its runs."""
-    # it imports the recipes beside it
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
     module = recipe("study_checkpoints")
     calls = []
     versions = {"torch": "0", "transformers": "0", "hf-polyattn": "0"}
@@ -85,6 +85,26 @@ def test_tables_in_the_repository_are_those_of_their_rows(study):
         assert (results / f"{name}.md").read_text() == table(rows_in(results / f"{name}.csv")) + "\n"
 
 
+def test_a_run_of_the_activations_names_the_device_that_it_reports(tmp_path, monkeypatch):
+    activations = recipe("study_activations")
+    versions = {"torch": "0", "transformers": "0", "hf-polyattn": "0"}
+    results = {"validation_loss": 1.5, "seconds": 2.0, "versions": versions, "device": "abacus"}
+
+    def run(command, **options):
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(activations, "subprocess", SimpleNamespace(run=run))
+    row = activations.run("poly", 3, str(tmp_path / "text.txt"), tmp_path / "poly-3")
+    committed = rows_in(RECIPES / "results" / "shakespeare_activations.csv")
+    assert list(row) == list(committed[0])
+    assert row["device"] == "abacus"
+    like = next(each["command"] for each in committed if each["variant"] == "poly" and each["seed"] == "2")
+    assert row["command"] == like.replace("--seed 2", "--seed 3")
+
+
 def test_the_readme_shows_lines_of_those_tables():
     readme = (RECIPES.parent / "README.md").read_text()
     shown = readme[readme.index("<!-- results: begin -->") : readme.index("<!-- results: end -->")]
@@ -97,8 +117,7 @@ def test_the_readme_shows_lines_of_those_tables():
 
 
 @pytest.fixture
-def conversion(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+def conversion():
     return recipe("study_conversion")
 
 

@@ -1,10 +1,12 @@
 """The studies of conversions: which rows are the same, what becomes a row at all, and what commands say."""
 
+import csv
 import json
 import shlex
 from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
 from recipe_runs import RECIPES, recipe
 
 from hf_polyattn.converting.report import ConversionReport, Row
@@ -12,12 +14,6 @@ from hf_polyattn.steps import DivergedError
 from hf_polyattn.training.devices import device_name
 
 ATTENTION = {"activation": "poly", "degree": 3, "normalization": "length", "coefficients": "learnable"}
-
-
-@pytest.fixture
-def beside(monkeypatch):
-    """Recipes import those beside them."""
-    monkeypatch.syspath_prepend(RECIPES)
 
 
 def finished(folder, *, qk_norm=False, activation="poly", plan=(), **arguments):
@@ -51,7 +47,7 @@ CHANGES = {
 }
 
 
-def test_rows_of_other_conversions_stand_side_by_side(beside, tmp_path, capsys):
+def test_rows_of_other_conversions_stand_side_by_side(tmp_path, capsys):
     study = recipe("study_converted")
     folders = [finished(tmp_path / name, **change) for name, change in CHANGES.items()]
     out = tmp_path / "converted.csv"
@@ -71,24 +67,23 @@ def test_rows_of_other_conversions_stand_side_by_side(beside, tmp_path, capsys):
     assert all(line.endswith("| 1 |") for line in table if "| calibrate |" in line)
 
 
-def test_a_stop_while_rows_are_written_leaves_the_old_ones(beside, tmp_path, monkeypatch):
+def test_a_stop_while_rows_are_written_leaves_the_old_ones(tmp_path, monkeypatch):
     study = recipe("study_converted")
     out = tmp_path / "converted.csv"
     study.main([str(finished(tmp_path / "one")), "--out", str(out)])
     before = out.read_text()
-    checkpoints = study.write_rows.__globals__
 
-    class Stopped(checkpoints["csv"].DictWriter):
+    class Stopped(csv.DictWriter):
         def writerows(self, rows):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints["csv"], "DictWriter", Stopped)
+    monkeypatch.setattr(csv, "DictWriter", Stopped)
     with pytest.raises(KeyboardInterrupt):
         study.main([str(finished(tmp_path / "two", batch_size=4)), "--out", str(out)])
     assert out.read_text() == before
 
 
-def test_the_committed_table_is_that_of_its_rows(beside):
+def test_the_committed_table_is_that_of_its_rows():
     study = recipe("study_converted")
     rows = study.rows_of(RECIPES / "results" / "converted.csv")
     assert all(row["settings"] for row in rows)
@@ -96,7 +91,7 @@ def test_the_committed_table_is_that_of_its_rows(beside):
 
 
 @pytest.fixture
-def ablation(beside, monkeypatch):
+def ablation(monkeypatch):
     """The study, with a conversion that returns at once or raises `module.error`; `calls` holds its arguments."""
     module = recipe("study_ablation")
     module.calls, module.error = [], None
@@ -130,7 +125,7 @@ def test_only_divergence_is_a_row_without_a_value(ablation, tmp_path):
 
 def test_a_row_names_its_device_and_its_command_has_paths_with_spaces(ablation, tmp_path):
     row, _ = start(ablation, tmp_path)
-    assert row["device"] == device_name(ablation.PartialState().device)
+    assert row["device"] == device_name(PartialState().device)
     (argv,) = ablation.calls
     assert argv[argv.index("--dataset") + 1] == str(tmp_path / "my text.txt")
     words = shlex.split(row["command"])
