@@ -124,8 +124,8 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # seeds are of the order of the data
-    parser = study_parser("study_ablation", __doc__, seeds=[1], only=VARIANTS)
+    parser = study_parser("study_ablation", __doc__, only=VARIANTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the order of the data")
     parser.add_argument("task", choices=("sentences", "text"))
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--train", required=True, help="sentences: csv; text: the text")

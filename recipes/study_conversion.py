@@ -189,8 +189,8 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # seeds are of the data, calibration's too
-    parser = study_parser("study_conversion", __doc__, seeds=[1])
+    parser = study_parser("study_conversion", __doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the data, calibration's too")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--train", help="sentences: csv; text: the text")

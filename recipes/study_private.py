@@ -128,8 +128,8 @@ def table(rows: list[Row]) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    # seeds are of the data, calibration's too
-    parser = study_parser("study_private", __doc__, seeds=[1, 2, 3])
+    parser = study_parser("study_private", __doc__, runs=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the data, calibration's too")
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name of the softmax model")
     parser.add_argument("--train", required=True, help="csv of sentence, sentence, score, without a header")
     parser.add_argument("--validation", required=True, help="csv, the same")

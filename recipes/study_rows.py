@@ -19,7 +19,13 @@ Row = dict[str, str]
 
 
 def study_parser(
-    study: str, doc: str | None, *, seeds: Sequence[int] = (), only: Iterable[str] = (), quick: str = ""
+    study: str,
+    doc: str | None,
+    *,
+    seeds: Sequence[int] = (),
+    only: Iterable[str] = (),
+    quick: str = "",
+    runs: bool = True,
 ) -> argparse.ArgumentParser:
     """Arguments that studies have in common; quick: what --quick means, where there is a short form."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
@@ -29,7 +35,8 @@ def study_parser(
         parser.add_argument("--only", nargs="+", choices=list(only), default=list(only))
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--runs", type=Path, default=Path("runs") / study, help="folder of what is no result")
+    if runs:
+        parser.add_argument("--runs", type=Path, default=Path("runs") / study, help="folder of what is no result")
     default = "recipes/results" + (", with --quick the folder of the runs" if quick else "")
     parser.add_argument("--out", type=Path, help=f"csv; default: {default}")
     return parser
