@@ -4,6 +4,7 @@ pyproject.toml asks for the same ranges, and a test holds the two together. The 
 which one of them was changed afterwards: another package's requirements do that without a word.
 """
 
+import importlib.metadata
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import transformers
 from packaging.version import Version
+
+from ._version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,12 @@ SUPPORTED = {
 }
 
 _said: set[str] = set()
+
+
+def of_packages() -> dict[str, str]:
+    """Versions that a run's results name. This package's is of the code that ran, which need not be the one installed."""
+    others = ("torch", "transformers", "accelerate", "datasets", "peft")
+    return {"hf-polyattn": __version__, **{name: importlib.metadata.version(name) for name in others}}
 
 
 def check_versions(found: Mapping[str, str] | None = None) -> None:

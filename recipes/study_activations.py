@@ -40,8 +40,14 @@ from tqdm import tqdm
 VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", ""),
     "poly": ("degree 3, defaults", "--activation poly", "softmax"),
+    "length": ("degree 3, un-normalised (length)", "--activation poly --normalization length", "softmax"),
+    "length-unit": (
+        "degree 3, length, alpha = 1/spread",
+        "--activation poly --normalization length --alpha 19.53",
+        "softmax",
+    ),
     "softmax-qk": ("softmax, QK-norm", "--activation softmax --qk_norm true", ""),
-    "poly-qk": ("degree 3, QK-norm", "--activation poly --qk_norm true", "softmax-qk"),
+    "poly-qk": ("degree 3, QK-norm", "--activation poly --normalization length --qk_norm true", "softmax-qk"),
     "poly-qk-l1": (
         "degree 3, QK-norm, l1",
         "--activation poly --qk_norm true --normalization l1",
@@ -49,7 +55,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     ),
     "poly-qk-sharp": (
         "degree 3, QK-norm, scores times 2",
-        "--activation poly --qk_norm true --alpha 2",
+        "--activation poly --normalization length --qk_norm true --alpha 2",
         "softmax-qk",
     ),
     "poly-qk-l1-sharp": (
@@ -80,7 +86,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     ),
     "poly-qk-rate10": (
         "degree 3, QK-norm, coefficients learn 10 times as fast",
-        "--activation poly --qk_norm true --polyattn_learning_rate_multiplier 10",
+        "--activation poly --normalization length --qk_norm true --polyattn_learning_rate_multiplier 10",
         "softmax-qk",
     ),
     "poly-qk-fixed": (
@@ -142,7 +148,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     ),
     "poly-qk-affine": (
         "degree 3, QK-norm, learnable alpha and beta",
-        "--activation poly --qk_norm true --learn_affine true",
+        "--activation poly --normalization length --qk_norm true --learn_affine true",
         "softmax-qk",
     ),
     "quartic-qk-sum": (
@@ -159,23 +165,31 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax-spread": ("softmax, scores start at spread 1", "--activation softmax --score_spread 1", ""),
     "poly-spread": (
         "degree 3, scores start at spread 1",
-        "--activation poly --score_spread 1 --alpha 1",
+        "--activation poly --normalization length --score_spread 1 --alpha 1",
         "softmax-spread",
     ),
-    "degree-1": ("degree 1", "--activation poly --degree 1", "softmax"),
-    "degree-2": ("degree 2", "--activation poly --degree 2", "softmax"),
-    "degree-4": ("degree 4", "--activation poly --degree 4", "softmax"),
-    "sqrt-length": ("degree 3, sqrt_length", "--activation poly --normalization sqrt_length", "softmax"),
-    "l1": ("degree 3, l1", "--activation poly --normalization l1", "softmax"),
-    "l2": ("degree 3, l2", "--activation poly --normalization l2", "softmax"),
+    "degree-1": ("degree 1, length, alpha = 1/spread", "--activation poly --degree 1 --alpha 19.53", "softmax"),
+    "degree-2": ("degree 2, length, alpha = 1/spread", "--activation poly --degree 2 --alpha 19.53", "softmax"),
+    "degree-4": (
+        "degree 4, length, alpha = 1/spread",
+        "--activation poly --degree 4 --normalization length --alpha 19.53",
+        "softmax",
+    ),
+    "sqrt-length": (
+        "degree 3, sqrt_length, alpha = 1/spread",
+        "--activation poly --normalization sqrt_length",
+        "softmax",
+    ),
+    "l1": ("degree 3, l1, alpha = 1/spread", "--activation poly --normalization l1 --alpha 19.53", "softmax"),
+    "l2": ("degree 3, l2, alpha = 1/spread", "--activation poly --normalization l2 --alpha 19.53", "softmax"),
     "fixed": (
         "degree 3, coefficients fixed at the start",
-        "--activation poly --coefficients 0.5 0.5 0.5 0.1667",
+        "--activation poly --coefficients 0.5 0.5 0.5 0.1667 --alpha 19.53",
         "softmax",
     ),
     "taylor": (
         "degree 3, starts as Taylor's exp",
-        "--activation poly --init_coefficients 1 1 0.5 0.1667",
+        "--activation poly --init_coefficients 1 1 0.5 0.1667 --normalization length --alpha 19.53",
         "softmax",
     ),
     "calibrated": ("degree 3, calibrated to softmax's output", "--activation poly --calibrate_batches 4", "softmax"),

@@ -39,8 +39,9 @@ SPACING = 4096
 # name -> (label, changes to the recipe, color)
 VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", "black"),
+    "poly": ("degree 3, defaults", "--activation poly", "#937860"),
     **{
-        name: (f"degree 3, {name}", f"--activation poly --normalization {name}", color)
+        name: (f"degree 3, {name}, alpha = 1/spread", f"--activation poly --normalization {name} --alpha 19.53", color)
         for name, color in {
             "length": "#2a6fbb",
             "sqrt_length": "#55a868",

@@ -55,10 +55,19 @@ CHARACTERS = {"[MIN": "m", "[MAX": "M", "[MED": "d", "[SM": "s", CLOSE: CLOSE, *
 VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", "black"),
     "poly": ("degree 3, defaults", "--activation poly", "#2a6fbb"),
-    "poly-l1": ("degree 3, l1", "--activation poly --normalization l1", "#55a868"),
+    "length-unit": (
+        "degree 3, length, alpha = 1/spread",
+        "--activation poly --normalization length --alpha 26.04",
+        "#937860",
+    ),
+    "l1-unit": (
+        "degree 3, l1, alpha = 1/spread",
+        "--activation poly --normalization l1 --alpha 26.04",
+        "#55a868",
+    ),
     "poly-spread": (
-        "degree 3, scores start at spread 1, alpha 1",
-        "--activation poly --score_spread 1 --alpha 1",
+        "degree 3, length, scores start at spread 1, alpha 1",
+        "--activation poly --normalization length --score_spread 1 --alpha 1",
         "#8172b2",
     ),
     "monomial": ("s³/√n, as published", "--activation monomial", "#c44e52"),
@@ -249,7 +258,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     quick = "a small model, 4 steps"
     parser = study_parser("study_listops", __doc__, seeds=[1], only=VARIANTS, quick=quick)
-    parser.set_defaults(only=["softmax", "poly", "poly-l1"])
+    parser.set_defaults(only=["softmax", "poly"])
     parser.add_argument("--lengths", type=int, nargs=2, default=[8, 24], help="shortest and longest, in tokens")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 32 expressions, each seen once")
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, str, str, str]] = {
         "#55a868",
         "-",
     ),
-    "coefficients": ("learnable coefficients, degree 3", "--activation poly", "#dd8452", "-"),
+    "poly": ("degree 3, defaults", "--activation poly", "#dd8452", "-"),
     "scaled-spread": (
         "s³/√n, scores start at spread 1",
         "--activation monomial --score_spread 1",

@@ -44,6 +44,7 @@ from tqdm import tqdm
 VARIANTS: dict[str, tuple[str, str]] = {
     "softmax": ("softmax", "--activation softmax"),
     "poly": ("degree 3, defaults", "--activation poly"),
+    "length": ("degree 3, un-normalised (length)", "--activation poly --normalization length"),
     "monomial": ("s^3/sqrt(n) as published", "--activation monomial"),
     "monomial-mean0.5": (
         "s^3/sqrt(n), scores start at mean 1/2, learnable gain",

@@ -40,8 +40,9 @@ SOLVED, WINDOW = 0.995, 20
 # name -> (label, words of the recipes' attention and score options, color)
 VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", "black"),
-    "poly": ("degree 3, defaults", "--activation poly", "#2a6fbb"),
-    "poly-l1": ("degree 3, l1", "--activation poly --normalization l1", "#55a868"),
+    # scores of these models start at spread 1, so that alpha is 1 by any rule
+    "poly": ("degree 3, defaults", "--activation poly", "#55a868"),
+    "length": ("degree 3, un-normalised (length)", "--activation poly --normalization length", "#2a6fbb"),
     "monomial-mean": (
         "s³/√n, scores start at mean 1/2, learnable gain",
         "--activation monomial --score_mean 0.5 --gain 1.4 --learn_gain true",

@@ -32,9 +32,15 @@ from study_tables import markdown, mean_and_spread, save_figure, write_up
 VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", "black"),
     "poly": ("degree 3, defaults", "--activation poly", "#2a6fbb"),
+    "length": ("degree 3, un-normalised (length)", "--activation poly --normalization length", "#8172b2"),
+    "length-unit": (
+        "degree 3, length, alpha = 1/spread",
+        "--activation poly --normalization length --alpha 39.06",
+        "#937860",
+    ),
     "poly-spread": (
-        "degree 3, scores start at spread 1, alpha 1",
-        "--activation poly --score_spread 1 --alpha 1",
+        "degree 3, length, scores start at spread 1, alpha 1",
+        "--activation poly --normalization length --score_spread 1 --alpha 1",
         "#55a868",
     ),
     "monomial": ("s³/√n, as published", "--activation monomial", "#c44e52"),

@@ -160,7 +160,7 @@ def test_what_the_repository_holds_was_measured_and_is_what_the_guide_shows(theo
     assert {row["inputs"] for row in exponents} == {"gaussian", "trained"}
     rows, runs = rows_in(RESULTS / "norms_training.csv"), rows_in(RESULTS / "norms_training_runs.csv")
     variants = {row["variant"] for row in runs if row["model"] == "gpt2"}
-    assert variants >= {"softmax", "scaled", "unscaled", "calibrated", "coefficients"}
+    assert variants >= {"softmax", "scaled", "unscaled", "calibrated", "poly"}
     assert training.table(rows, runs) in guide
     # every line that the guide shows of the other table stands in it
     shown = [line for line in guide.splitlines() if line.startswith(("| gaussian", "| trained"))]

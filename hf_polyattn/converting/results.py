@@ -1,6 +1,5 @@
 """results.json of a conversion, as the recipes write it, so that a model card can be made of it."""
 
-import importlib.metadata
 import platform
 import shlex
 import sys
@@ -13,11 +12,10 @@ from transformers import PreTrainedModel
 from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 
+from .. import versions
 from ..training.devices import device_name, peak_mib
 from .plan import Planned
 from .report import ConversionReport
-
-PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
 
 
 def results_of(
@@ -46,7 +44,7 @@ def results_of(
         "peak_mib": peak_mib(),
         "device": device_name(student.device),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions.of_packages(),
         "command": shlex.join(sys.argv),
         "arguments": {**asdict(args), **_named(attention), **asdict(text)},
         # each share goes through the same stages

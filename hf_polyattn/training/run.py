@@ -1,6 +1,5 @@
 """One training run: its folder, its steps with a progress bar, its metrics, its checkpoints, its results."""
 
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -28,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_polyattn_arguments import OptimizationArguments, RunArguments
 from hf_polyattn_parsing import Group, as_yaml
 
+from .. import versions
 from ..figures import copy_beside, draw_losses
 from ..hub import CARD, push
 from ..model_card import model_card, portable
@@ -42,7 +42,6 @@ from .optimization import check_deepspeed_clipping
 
 PUBLISHED = "published"
 """Folder below a run's own that holds what was pushed."""
-PACKAGES = ("hf-polyattn", "torch", "transformers", "accelerate", "datasets", "peft")
 MAY_CHANGE = {
     *("output_dir", "resume", "overwrite", "report_to", "push_to_hub", "hub_model_id", "hub_private", "hub_license"),
     *("eval_steps", "eval_batch_size", "save_steps", "logging_steps", "num_workers"),
@@ -319,7 +318,7 @@ class Run:
             "mixed_precision": self.accelerator.mixed_precision,
             "device": device_name(self.accelerator.device),
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": versions.of_packages(),
             "command": shlex.join(sys.argv),
             "arguments": yaml.safe_load(self.config_yaml),
         }
