@@ -1,19 +1,31 @@
 """Polynomial attention instead of softmax for Hugging Face Transformers models.
 
 Importing this package registers an attention function, a mask function and the polynomial configurations with
-Transformers. It changes nothing else.
+Transformers. It changes nothing else. What only those need who make or change a model is imported on first use.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import attention
 from ._version import __version__
 from .activations import register_activation
 from .architectures import fused_query_key, linear_query_key, register_architecture
-from .calibration import calibrate, calibrate_gain
 from .config import PolyAttentionConfig
-from .initialization import start_scores
 from .ops import polynomial_attention
-from .patching import Coverage, choose_heads, coverage, patch_model, patched, set_backend, unpatch_model
-from .recurrent_cache import RecurrentCache
+
+if TYPE_CHECKING:
+    from .calibration import calibrate, calibrate_gain
+    from .initialization import start_scores
+    from .patching import Coverage, choose_heads, coverage, patch_model, patched, set_backend, unpatch_model
+    from .recurrent_cache import RecurrentCache
+
+_ON_FIRST_USE = {
+    "calibration": ["calibrate", "calibrate_gain"],
+    "initialization": ["start_scores"],
+    "patching": ["Coverage", "choose_heads", "coverage", "patch_model", "patched", "set_backend", "unpatch_model"],
+    "recurrent_cache": ["RecurrentCache"],
+}
 
 attention.register()
 register_architecture(
@@ -54,3 +66,16 @@ __all__ = [
     "start_scores",
     "unpatch_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the module that a name comes from, or is the name of."""
+    for module, names in _ON_FIRST_USE.items():
+        if name == module or name in names:
+            home = import_module(f".{module}", __name__)
+            return home if name == module else globals().setdefault(name, getattr(home, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,8 +8,7 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig
-from transformers.models.auto import tokenization_auto
+from transformers import PretrainedConfig
 
 
 def add_model_name(auto: type, model_type: str, class_name: str) -> None:
@@ -19,6 +18,10 @@ def add_model_name(auto: type, model_type: str, class_name: str) -> None:
 
 def add_tokenizer(config_class: type[PretrainedConfig], stock: type[PretrainedConfig]) -> None:
     """Gives a configuration class the tokenizer of its stock class."""
+    # Transformers' tokenizers take as long to import as half of this package, and most of what imports it has none
+    from transformers import AutoTokenizer
+    from transformers.models.auto import tokenization_auto
+
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
     if (name := names.get(stock.model_type)) is not None:
         names[config_class.model_type] = name

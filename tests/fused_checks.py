@@ -300,6 +300,21 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
+def test_kernels_are_not_traced_where_a_graph_breaks_around_the_call():
+    q = torch.randn(1, 2, 17, 16, device=DEVICE)
+    arguments = (q, q, q, None, None, 2, fused.NORMALIZATIONS["length"], 1.0, 0.25, False, 0, None, None)
+
+    def broken(q: torch.Tensor) -> torch.Tensor:
+        # what cannot be traced within a try leaves the whole function to Python, and what it calls to the compiler
+        try:
+            torch._dynamo.graph_break()
+            return torch.ops.hf_polyattn.fused_forward(*arguments)[0]
+        finally:
+            pass
+
+    assert torch.equal(torch.compile(broken, backend="eager")(q), broken(q))
+
+
 def test_operators_are_registered_as_torch_wants_them():
     q = torch.randn(1, 2, 17, 16, device=DEVICE, requires_grad=True)
     k = torch.randn(1, 1, 20, 16, device=DEVICE, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The fused form: Triton kernels for GPUs, called through torch's custom operators.
+"""The fused form: Triton kernels for GPUs, called as operators of torch.
 
 Triton is imported when the first call on a GPU asks for it, never before; without a GPU only Triton's interpreter
 runs the kernels (`TRITON_INTERPRET=1` in the environment before Python starts), which is how they are tested.
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,24 @@ DECODE_ROWS = 16
 """Up to so many queries, the keys are shared out to programs as a cache of a decoding step is."""
 
 logger = logging.getLogger(__name__)
+
+# made by hand, for torch.library.custom_op and register_fake look for the source of their caller in every module that
+# is loaded: a third of what importing this package took
+_operators = torch.library.Library("hf_polyattn", "FRAGMENT")
+# torch's compiler is imported by the first call, and not before
+_untraced = functools.cache(torch.compiler.disable)
+
+
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of tensors, which changes none of them, the operator torch.ops.hf_polyattn.<its name>."""
+
+    def kernel(*arguments: Any) -> Any:
+        return _untraced(function)(*arguments)
+
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _operators.define(function.__name__ + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _operators.impl(function.__name__, kernel, "CompositeExplicitAutograd")
+    return function
 
 
 def problem(device: str) -> str | None:
@@ -163,7 +182,7 @@ def _empty_output(query: Tensor, width: int) -> Tensor:
     return query.new_empty(batch, heads, rows, width, dtype=dtype)
 
 
-@torch.library.custom_op("hf_polyattn::fused_forward", mutates_args=())
+@_operator
 def fused_forward(
     query: Tensor,
     key: Tensor,
@@ -254,7 +273,7 @@ def _decode(
     run(reduce_kernel, every, None, parts, totals, out, divisors, gain, *steps, constant, **reduced)
 
 
-@torch.library.custom_op("hf_polyattn::fused_backward", mutates_args=())
+@_operator
 def fused_backward(
     grad: Tensor,
     query: Tensor,
@@ -340,12 +359,10 @@ def adds_by_atomics() -> bool:
     return wanted and not torch.are_deterministic_algorithms_enabled()
 
 
-@fused_forward.register_fake
 def _forward_shapes(query: Any, key: Any, value: Any, *options: Any) -> tuple[Tensor, Tensor]:
     return _empty_output(query, value.shape[-1]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@fused_backward.register_fake
 def _backward_shapes(
     grad: Any, query: Any, key: Any, value: Any, out: Any, divisors: Any, wants: bool, coefficients: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -374,5 +391,8 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(ONCE.replace("tiled", "fused"))
 
 
-fused_forward.register_autograd(_differentiate, setup_context=_save)
-fused_backward.register_autograd(_refuse)
+# what a graph that is being compiled asks: shapes, of tensors that hold nothing
+_operators.impl("fused_forward", _forward_shapes, "Meta")
+_operators.impl("fused_backward", _backward_shapes, "Meta")
+torch.library.register_autograd("hf_polyattn::fused_forward", _differentiate, setup_context=_save, lib=_operators)
+torch.library.register_autograd("hf_polyattn::fused_backward", _refuse, lib=_operators)
