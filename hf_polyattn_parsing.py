@@ -32,13 +32,13 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def answer_help(module: str, groups: Sequence[type], description: str | None) -> None:
-    """In a script, prints the help and exits if it is asked for; call it above the imports that take long.
+def check_usage(module: str, groups: Sequence[type], description: str | None) -> None:
+    """In a script, answers --help and wrong arguments, and exits; call it above the imports that take long.
 
     module: the caller's `__name__`; nothing happens unless it is "__main__".
     """
-    if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-        parse_arguments(["--help"], groups, description)
+    if module == "__main__":
+        parse_arguments(None, groups, description)
 
 
 def parse_arguments(
@@ -75,16 +75,14 @@ def parse_arguments(
             if name not in known:
                 parser.error(_unknown(f"{path}: unknown key {name!r}", name, known))
     argv = [_plain_number(word) for word in _fold_dotted(argv, values)]
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            [*_as_argv(values), *argv], return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    for word in rest:
+    # first, for the groups check their values when they are made, and some of that imports torch
+    for word in parser.parse_known_args(argv)[1]:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
         parser.error(_unknown(f"unknown argument {word!r}", name, known))
-    return tuple(parsed)
+    try:
+        return parser.parse_args_into_dataclasses([*_as_argv(values), *argv], look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def parse_values(group: type, values: dict[str, Any], name: str) -> Any:

@@ -13,12 +13,12 @@ debug_cpu.yaml with --activation softmax has left in runs/softmax.
 """
 
 from hf_polyattn_arguments import AttentionArguments
-from hf_polyattn_parsing import answer_help, parse_arguments
+from hf_polyattn_parsing import check_usage, parse_arguments
 from hf_polyattn_scripts import run_script
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments
 
 GROUPS = (ConversionArguments, AttentionArguments, ConversionTextArguments)
-answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+check_usage(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
 
 import transformers
 

@@ -20,7 +20,7 @@ from hf_polyattn_arguments import (
     RunArguments,
     TextArguments,
 )
-from hf_polyattn_parsing import answer_help, parse_arguments
+from hf_polyattn_parsing import check_usage, parse_arguments
 from hf_polyattn_scripts import run_script
 
 
@@ -52,7 +52,7 @@ GROUPS = (
     OptimizationArguments,
     RunArguments,
 )
-answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+check_usage(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
 
 import math
 from functools import partial

@@ -19,7 +19,7 @@ from hf_polyattn_arguments import (
     RunArguments,
     check_numbers,
 )
-from hf_polyattn_parsing import answer_help, parse_arguments
+from hf_polyattn_parsing import check_usage, parse_arguments
 from hf_polyattn_scripts import run_script
 
 
@@ -74,7 +74,7 @@ GROUPS = (
     OptimizationArguments,
     RunArguments,
 )
-answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+check_usage(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
 
 import itertools
 from collections.abc import Iterable

@@ -17,7 +17,7 @@ from hf_polyattn_arguments import (
     TextArguments,
     check_numbers,
 )
-from hf_polyattn_parsing import answer_help, parse_arguments
+from hf_polyattn_parsing import check_usage, parse_arguments
 from hf_polyattn_scripts import run_script
 
 
@@ -33,7 +33,7 @@ class MaskingArguments:
 
 
 GROUPS = (ModelArguments, AttentionArguments, TextArguments, MaskingArguments, OptimizationArguments, RunArguments)
-answer_help(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
+check_usage(__name__, GROUPS, __doc__)  # at once: the imports below take seconds
 
 import math
 from functools import partial

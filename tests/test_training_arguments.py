@@ -239,17 +239,29 @@ def test_help_comes_from_the_field_docs(name, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_answers_help_without_importing_torch(name):
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "--batch_size"),
+        (
+            ["--activation", "relu", "--batch_sise", "3"],
+            2,
+            "unknown argument '--batch_sise'; did you mean 'batch_size'?",
+        ),
+        (["--batch_size", "many"], 2, "invalid int value: 'many'"),
+    ],
+    ids=["help", "unknown", "value"],
+)
+def test_a_script_answers_usage_without_importing_torch(name, words, status, said):
+    script = str(RECIPES / f"{name}.py")
     code = (
-        "import runpy, sys\n"
+        f"import runpy, sys\nsys.argv = {[script, *words]!r}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as stop:\n    assert not stop.code\n"
+        f"except SystemExit as stop:\n    assert (stop.code or 0) == {status}\n"
         "print(sorted({'torch', 'datasets', 'accelerate', 'hf_polyattn'} & set(sys.modules)))"
     )
-    script = str(RECIPES / f"{name}.py")
-    command = [sys.executable, "-c", f"import sys; sys.argv = [{script!r}, '--help']\n{code}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "--batch_size" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said in done.stdout + done.stderr
     assert done.stdout.endswith("[]\n")
 
 
