@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from hf_polyattn_scripts import DEBUG
+from hf_polyattn_scripts import DEBUG, answer_interrupts
 
 Group = Any
 
@@ -38,6 +38,7 @@ def check_usage(module: str, groups: Sequence[type], description: str | None) ->
     module: the caller's `__name__`; nothing happens unless it is "__main__".
     """
     if module == "__main__":
+        answer_interrupts()
         parse_arguments(None, groups, description)
 
 

@@ -1,14 +1,18 @@
 """How scripts end, the recipes and the console script: a mistake of the user's is one line, a bug shows its traceback.
 
+Run as a module, it is `accelerate launch` that leaves Ctrl-C to what it launches.
+
 A module of its own beside the package, because importing anything below `hf_polyattn` imports torch.
 """
 
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 DEBUG = "HF_POLYATTN_DEBUG"
@@ -17,6 +21,28 @@ DEBUG = "HF_POLYATTN_DEBUG"
 
 class TrainingStoppedError(RuntimeError):
     """Training cannot go on, for its rates or its data; the message says where it stopped and what may help."""
+
+
+_when_interrupted: Callable[[], str] | None = None
+
+
+def when_interrupted(say: Callable[[], str]) -> None:
+    """From now on a script that Ctrl-C ends says `say()` in its last line; nothing where that is empty."""
+    global _when_interrupted
+    _when_interrupted = say
+
+
+def answer_interrupts() -> None:
+    """In a script, above imports that take seconds: Ctrl-C is one line there too, and the exit status stays 130."""
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt) and not os.environ.get(DEBUG):
+            print("interrupted", file=sys.stderr)
+        else:
+            show(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def exit_status(
@@ -30,11 +56,15 @@ def exit_status(
     expected: errors that carry a message for the user; each becomes one line, unless `debug` or the environment asks
         for the traceback. Others keep theirs.
     """
+    global _when_interrupted
+    # of an earlier one in this process
+    _when_interrupted = None
     try:
         with contextlib.nullcontext() if debug else quiet_neighbours():
             work()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if line := _when_interrupted() if _when_interrupted else "interrupted":
+            print(line, file=sys.stderr)
         return 130
     except expected as error:
         if debug or os.environ.get(DEBUG):
@@ -62,3 +92,18 @@ def quiet_neighbours() -> Iterator[None]:
 def run_script(main: Callable[[], Any]) -> None:
     """Calls the main function of a recipe and exits, see `exit_status`; called from Python, `main` raises."""
     sys.exit(exit_status(Path(sys.argv[0]).name, main))
+
+
+def launch() -> None:
+    """`accelerate launch` with the words of the command line; the recipe answers Ctrl-C, which reaches it as well."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        # a handler, for what is ignored here the recipe would ignore too
+        signal.signal(signal.SIGINT, lambda *_: None)
+    from accelerate.commands.accelerate_cli import main
+
+    sys.argv.insert(1, "launch")
+    main()
+
+
+if __name__ == "__main__":
+    launch()

@@ -1,9 +1,14 @@
 """`hf-polyattn train`: which script it starts, with which words, and what becomes of its exit status."""
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 from cli_runs import run, write
@@ -86,13 +91,13 @@ def test_names_and_paths(clone, started, monkeypatch, capsys):
     ):
         code, _, error = run(capsys, "train", *words)
         assert code == 0, error
-        launch, rest = started[-1][:5], started[-1][5:]
-        assert launch == [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+        launch, rest = started[-1][:4], started[-1][4:]
+        assert launch == [sys.executable, "-m", "hf_polyattn_scripts", "--quiet"]
         assert rest == list(map(str, end))
     # what the user has told accelerate holds
     monkeypatch.setattr(train, "default_yaml_config_file", str(config))
     assert run(capsys, "train", "paint")[0] == 0
-    assert started[-1][5:] == [str(script)]
+    assert started[-1][4:] == [str(script)]
     assert run(capsys, "train", "paint", "--help")[0] == 0
     assert started[-1] == [sys.executable, str(script), "--help"]
 
@@ -171,3 +176,42 @@ def test_the_real_recipe_trains(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 1
+
+
+def stopped(command: list[str], tmp_path, is_time: Callable[[], bool]) -> tuple[int, str]:
+    """Exit status and standard error of a command that gets Ctrl-C, as a terminal gives it to all its processes."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    try:
+        while not is_time():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        return process.wait(60), process.communicate()[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_that_says_where_the_last_checkpoint_is(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "hf_polyattn_cli", "train", "--accelerate", "cpu", "pretrain_causal_lm"]
+    words = ["debug_cpu", "--max_steps", "100000", "--save_steps", "5", "--eval_steps", "0", "--output_dir", str(out)]
+    status, said = stopped([*command, *words], tmp_path, (out / "last").exists)
+    assert status == 130
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "interrupted" in line]
+    assert re.search(
+        r"interrupted in step \d+\. The last good checkpoint is \S+checkpoint-\d+, of step \d+: .*--resume", line
+    )
+
+
+def test_ctrl_c_while_a_recipe_imports_what_takes_seconds_is_one_line(tmp_path, monkeypatch):
+    seen = tmp_path / "seen"
+    write(tmp_path / "accelerate.py", f"import pathlib, time\npathlib.Path({str(seen)!r}).touch()\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    script = train.recipe_folders()[0] / "pretrain_causal_lm.py"
+    status, said = stopped([sys.executable, str(script), "--model_type", "gpt2"], tmp_path, seen.exists)
+    # as a process that the signal ended, for which a shell gives 130
+    assert (status, said) == (-signal.SIGINT, "interrupted\n")

@@ -203,6 +203,17 @@ def test_a_script_leaves_out_what_bitsandbytes_says(monkeypatch, caplog):
     assert said.isEnabledFor(logging.WARNING)
 
 
+def test_a_script_says_on_ctrl_c_what_its_work_asked_it_to(monkeypatch, capsys):
+    def work(*lines):
+        for line in lines:
+            scripts.when_interrupted(lambda line=line: line)
+        raise KeyboardInterrupt
+
+    for lines, said in ((("early", "late"), "late\n"), ((), "interrupted\n"), (("",), "")):
+        assert exit_status_of(lambda lines=lines: work(*lines), monkeypatch) == 130
+        assert capsys.readouterr().err == said
+
+
 def test_a_script_shows_where_the_unexpected_happened(monkeypatch, capsys):
     for error in (RuntimeError, TypeError, KeyError):
         with pytest.raises(error):

@@ -11,6 +11,8 @@ from accelerate.commands.config.config_args import default_yaml_config_file
 
 PACKAGE = "hf_polyattn_recipes"
 """The recipes as an installed package, where a distribution brings them."""
+LAUNCH = "hf_polyattn_scripts"
+"""A module that is `accelerate launch`."""
 FOLDER = "recipes"
 """The same in a clone of the repository."""
 ELSEWHERE = (
@@ -46,7 +48,7 @@ def run(args: Namespace) -> str:
 
 def _launch(args: Namespace, script: Path) -> list[str]:
     """`accelerate launch` with the options that the command line gives it."""
-    words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    words = ["-m", LAUNCH, "--quiet"]
     if args.accelerate:
         words += ["--config_file", str(_find_yaml(args.accelerate, script.parent / "accelerate", "--accelerate"))]
     if args.processes is not None:
@@ -137,5 +139,6 @@ def _wait(process: subprocess.Popen) -> int:
         status = process.wait()
     except KeyboardInterrupt:
         process.wait()
-        raise
+        # the recipe has said where it stopped
+        return 130
     return 128 - status if status < 0 else status

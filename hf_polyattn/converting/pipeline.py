@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_parsing import mapping
+from hf_polyattn_scripts import when_interrupted
 from hf_polyattn_stages import ConversionArguments, ConversionTextArguments, FinetuneStage, common_settings
 
 from ..patching import coverage, patch_model
@@ -77,6 +78,7 @@ def convert(
     if not round(min(args.shares) * heads):
         raise ValueError(f"a share of {min(args.shares):g} leaves none of {heads} heads to convert: raise it")
     folder.open()
+    when_interrupted(lambda: f"interrupted. What is done is kept in {folder.out}: the same command goes on from there")
     job = Job(args, folder, teacher, task)
     student = job.run(plan, patched)
     tuned = job.tune_twin(plan) if args.twin else None

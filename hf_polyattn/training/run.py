@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_polyattn_arguments import OptimizationArguments, RunArguments
 from hf_polyattn_parsing import Group, as_yaml
+from hf_polyattn_scripts import when_interrupted
 
 from .. import versions
 from ..figures import copy_beside, draw_losses
@@ -117,6 +118,7 @@ class Run:
         self._latest: dict[str, Any] = {}
         self._diagnostics = RunDiagnostics(accelerator, args.diagnostics_steps, self.out)
         self._open_folder()
+        when_interrupted(self._where_it_stopped)
         if args.report_to != "none":
             values = yaml.safe_load(self.config_yaml)
             accelerator.init_trackers("hf_polyattn", {k: v if _is_scalar(v) else str(v) for k, v in values.items()})
@@ -211,6 +213,16 @@ class Run:
     def _kept(self) -> str:
         last = self.out / "last"
         return f"The last good checkpoint is {last.resolve()}" if last.exists() else "No checkpoint was written yet"
+
+    def _where_it_stopped(self) -> str:
+        """After Ctrl-C; empty but on the main process."""
+        if not self.accelerator.is_main_process:
+            return ""
+        last = self.out / "last"
+        kept = self._kept()
+        if last.exists():
+            kept += f", of step {read_position(last)['step']}: the same command with --resume goes on from it"
+        return f"interrupted in step {self._step}. {kept}"
 
     def check_finite(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, model: nn.Module, batches: list[dict], loss_of: Loss
