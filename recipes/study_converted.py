@@ -17,7 +17,7 @@ from typing import Any
 from study_rows import RESULTS, Row, by_seed, name_of, paired, rows_of, shown, where, write_rows
 from study_tables import markdown, mean_and_spread, mean_of, write_up
 
-from hf_polyattn.converting.report import TUNED
+from hf_polyattn.converting.report import SOFTMAX, TEACHER, TUNED
 from hf_polyattn_arguments import AttentionArguments
 from hf_polyattn_parsing import mapping
 from hf_polyattn_stages import STAGES, ConversionArguments, ConversionTextArguments
@@ -109,7 +109,8 @@ def table(rows: list[Row]) -> str:
             # settings only where there are several of them
             others = [s for c, a, s in conversions if (c, a) == (checkpoint, attention) and s != settings]
             label = f"{attention} ({settings})" if others else attention
-            yield [f"{checkpoint}, {metric}", label, stage, mean_and_spread(mine.values()), difference, len(mine)]
+            name = TEACHER if stage == SOFTMAX else stage
+            yield [f"{checkpoint}, {metric}", label, name, mean_and_spread(mine.values()), difference, len(mine)]
 
     difference = "minus fine-tuned softmax, same seeds"
     return markdown(["checkpoint, metric", "attention", "stage", "value", difference, "seeds"], lines())

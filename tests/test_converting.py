@@ -106,7 +106,8 @@ def test_every_stage_leaves_its_score_and_the_last_its_model(teachers, text, tmp
     assert (out / "conversion.png").stat().st_size > 10_000
     assert not (out / "stages").exists()
     lines = str(report).splitlines()
-    assert lines[2].startswith("softmax, fine-tuned on as many tokens")
+    assert lines[1].startswith("teacher, untouched ")
+    assert lines[2].startswith("softmax, fine-tuned on as many tokens ")
 
 
 def test_the_untouched_teacher_is_what_the_report_begins_with(teachers, text, tmp_path):

@@ -15,7 +15,7 @@ from ..models import poly_model_class, states
 from ..steps import StepCheckpoint
 from .folder import ConversionFolder, say
 from .plan import TWIN, Planned, twin_settings
-from .report import SOFTMAX, TUNED, Row
+from .report import SOFTMAX, TEACHER, TUNED, Row
 from .tasks import Task
 from .training import convert_heads, run_calibration, run_training
 
@@ -36,7 +36,7 @@ class Job:
         self.args, self.folder, self.teacher, self.task = args, folder, teacher, task
         self.rows = [Row(SOFTMAX, self._once("00-softmax", lambda: {"score": task.score(teacher)})["score"], 0, 0.0)]
         self.losses: dict[str, list[float]] = {}
-        say(f"{SOFTMAX}: {task.metric} {self.rows[0].score:.4f}")
+        say(f"{TEACHER}: {task.metric} {self.rows[0].score:.4f}")
 
     def run(self, plan: list[Planned], patched: PreTrainedModel) -> PreTrainedModel:
         """The student after all stages; `patched` is where a new one starts."""

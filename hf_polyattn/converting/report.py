@@ -8,6 +8,8 @@ from typing import Any
 from ..tables import format_table
 
 SOFTMAX, TUNED = "softmax", "softmax, fine-tuned on as many tokens"
+TEACHER = "teacher, untouched"
+"""What people read for SOFTMAX, which files hold: the fine-tuned twin is softmax too."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class ConversionReport:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text."""
-        header = ["model", self.metric, "minus softmax", "training tokens", "seconds"]
+        header = ["model", self.metric, "minus teacher", "training tokens", "seconds"]
         first, *stages = self.rows
         shown = [first, *([self.tuned] if self.tuned else []), *stages]
         body = [
             [
-                row.stage,
+                TEACHER if row is first else row.stage,
                 f"{row.score:.4f}",
                 "" if row is first else f"{row.score - first.score:+.4f}",
                 f"{row.tokens:,}",
@@ -89,7 +91,7 @@ class ConversionReport:
         left, *others = figure.subplots(1, 1 + len(losses), width_ratios=[2, *[1.2] * len(losses)], squeeze=False)[0]
         names = [row.stage for row in self.rows[1:]]
         left.plot(range(len(names)), [row.score for row in self.rows[1:]], "o-", color="#2a6fbb", label="polynomial")
-        left.axhline(self.rows[0].score, color="#777777", ls="--", lw=1, label=SOFTMAX)
+        left.axhline(self.rows[0].score, color="#777777", ls="--", lw=1, label=TEACHER)
         if self.tuned is not None:
             left.axhline(self.tuned.score, color="#c44e52", ls=":", lw=1.2, label="softmax, fine-tuned")
         left.set_ylabel(self.metric.replace("_", " ") + (", lower is better" if self.lower_is_better else ""))
