@@ -9,6 +9,7 @@ module of its name in hf_polyattn/commands, which is imported when it runs.
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -259,7 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # argparse takes what stands behind -- for positional arguments, each Python version after its own fashion
     cut = words.index("--") if words[:1] == ["convert"] and "--" in words else len(words)
-    args = parser.parse_args(words[:cut])
+    args, rest = parser.parse_known_args(words[:cut])
+    if rest:
+        line = f"unrecognized arguments: {shlex.join(rest)}"
+        if args.command == "convert":
+            line += f"; fields of recipes/convert.py go behind --: -- {shlex.join(rest)}"
+        parser.error(line)
     args.words = getattr(args, "words", words[cut + 1 :])
     return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
 

@@ -76,12 +76,13 @@ def parse_arguments(
             if name not in known:
                 parser.error(_unknown(f"{path}: unknown key {name!r}", name, known))
     argv = [_plain_number(word) for word in _fold_dotted(argv, values)]
+    words = [*_as_argv(values), *argv]
     # first, for the groups check their values when they are made, and some of that imports torch
-    for word in parser.parse_known_args(argv)[1]:
+    for word in parser.parse_known_args(words)[1]:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
         parser.error(_unknown(f"unknown argument {word!r}", name, known))
     try:
-        return parser.parse_args_into_dataclasses([*_as_argv(values), *argv], look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
 

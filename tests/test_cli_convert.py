@@ -23,7 +23,7 @@ def test_the_report_is_a_table_and_the_next_command(source, tmp_path, capsys):
     code, out, err = run(capsys, "convert", model, "--to", tmp_path / "out", "--text", text, "--degree", 2, *FAST)
     assert code == 0, err
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == ["model", "softmax", "patched", *STAGES]
+    assert [line.split()[0] for line in lines[:6]] == ["model", "teacher,", "patched", *STAGES]
     assert lines[-1].startswith(f"next:   hf-polyattn card {tmp_path / 'out'} --results ")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(loaded, PolyModelMixin)
@@ -57,6 +57,18 @@ def test_a_configuration_and_fields_stand_behind_two_dashes(source, tmp_path, ca
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.polyattn["degree"] == 4
 
 
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
+    def stop(*unused):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_polyattn.converting.job.Job.run", stop)
+    model, text = source
+    code, _, err = run(capsys, "convert", model, "--to", tmp_path / "out", "--text", text, *FAST)
+    assert code == 130
+    line = f"interrupted. What is done is kept in {tmp_path / 'out'}: the same command goes on from there"
+    assert err.splitlines()[-1] == line
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
@@ -64,6 +76,12 @@ def test_a_configuration_and_fields_stand_behind_two_dashes(source, tmp_path, ca
         (("--", "--block_size", "64"), 1, "block_size 64 is more than the model's 32 positions: lower it"),
         (("--text", "gone.txt", *FAST), 1, "no such file or folder: gone.txt"),
         (("--", "--transfre.steps", "4"), 2, "did you mean"),
+        (("--transfer.steps", "4"), 2, "--transfer.steps 4; fields of recipes/convert.py go behind --: -- --transfer"),
+        (
+            ("--block_size", "16"),
+            2,
+            "unrecognized arguments: --block_size 16; fields of recipes/convert.py go behind --",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words, status, message, source, tmp_path, capsys):
