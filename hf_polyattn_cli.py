@@ -48,13 +48,10 @@ def demo(parser: argparse.ArgumentParser) -> None:
 
 
 def patch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder or Hub name of a checkpoint")
-    parser.add_argument("--to", required=True, metavar="OUT", help="folder to save the patched model in")
+    parser.add_argument("source", metavar="SOURCE", help=_CHECKPOINT)
+    _to(parser, "folder to save the patched model in")
     parser.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
-    parser.add_argument(
-        "--degree", type=int, metavar="P", help="of the polynomial (default: 3, or what --coefficients gives)"
-    )
-    parser.add_argument("--normalization", metavar="Z", help="sqrt_length, length, sum, l1, l2, none or a number")
+    _polynomial(parser, "3, or what --coefficients gives", "sqrt_length, length, sum, l1, l2, none or a number")
     parser.add_argument(
         "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
     )
@@ -75,19 +72,20 @@ def patch(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="convert only this share of the heads, those that a polynomial fits best; needs --calibrate",
     )
+    _tokenizer(parser)
     _json(parser)
 
 
 def inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint")
+    parser.add_argument("path", metavar="PATH", help=_CHECKPOINT)
     parser.add_argument("--text", metavar="FILE", help="text on which norms, ranges and dead scores are measured")
     parser.add_argument("--figure", metavar="PNG", help="the same as a figure, by layer and head; needs --text")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the checkpoint's own)")
+    _tokenizer(parser)
     _json(parser)
 
 
 def eval_(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder or Hub name of a checkpoint, patched or stock")
+    parser.add_argument("path", metavar="PATH", help=f"{_CHECKPOINT}, patched or stock")
     parser.add_argument("--against", metavar="OTHER", help="a second checkpoint beside it, such as its softmax twin")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="FILE", help="text: loss in nats per token, perplexity, bits per byte")
@@ -123,7 +121,7 @@ def eval_(parser: argparse.ArgumentParser) -> None:
         "--include-path", "--include_path", metavar="DIR", help="folder of YAML files of tasks of yours"
     )
     tasks.add_argument("--shots", type=int, metavar="N", help="worked examples in front (default: what the task says)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the checkpoint's own)")
+    _tokenizer(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N blocks, rows or documents of a task")
     parser.add_argument("--batch-size", type=int, metavar="N", help="at a time; does not change the result")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
@@ -152,10 +150,9 @@ def convert(parser: argparse.ArgumentParser) -> None:
         "behind --: a YAML file and fields of recipes/convert.py, such as -- --transfer.steps 500 --batch_size 8"
     )
     parser.add_argument("source", metavar="SOURCE", help="softmax checkpoint: a folder, a Hub name or a .gguf file")
-    parser.add_argument("--to", required=True, metavar="OUT", help="folder of the model and its report")
+    _to(parser, "folder of the model and its report")
     parser.add_argument("--text", metavar="DATA", help="text file or Hub data set (default: the standard library)")
-    parser.add_argument("--degree", type=int, metavar="P", help="of the polynomial (default: 3)")
-    parser.add_argument("--normalization", metavar="Z", help="sqrt_length, length, l1, l2, none or a number")
+    _polynomial(parser, "3", "sqrt_length, length, l1, l2, none or a number")
     parser.add_argument(
         "--shares", type=float, nargs="+", metavar="S", help="of the heads, easiest first, such as 0.25 0.5 1"
     )
@@ -165,7 +162,7 @@ def convert(parser: argparse.ArgumentParser) -> None:
 
 
 def card(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a saved model")
+    parser.add_argument("path", metavar="PATH", help=_SAVED)
     parser.add_argument("--name", metavar="USER/NAME", help="name on the Hub, for the card's loading code")
     parser.add_argument("--results", metavar="FILE", help="results.json of the run that made it")
     parser.add_argument("--twin", metavar="FILE", help="results.json of the softmax run to stand beside it")
@@ -179,8 +176,8 @@ def card(parser: argparse.ArgumentParser) -> None:
 
 
 def push(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a saved model with its card")
-    parser.add_argument("--to", required=True, metavar="USER/NAME", help="repository; it is created if need be")
+    parser.add_argument("path", metavar="PATH", help=f"{_SAVED} with its card")
+    _to(parser, "repository; it is created if need be", "USER/NAME")
     parser.add_argument("--private", action="store_true", help="create it as a private one")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
@@ -204,6 +201,23 @@ def bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: a GPU where there is one)")
     _json(parser)
+
+
+_CHECKPOINT = "folder or Hub name of a checkpoint"
+_SAVED = "folder of a saved model"
+
+
+def _to(parser: argparse.ArgumentParser, what: str, metavar: str = "OUT") -> None:
+    parser.add_argument("--to", required=True, metavar=metavar, help=what)
+
+
+def _polynomial(parser: argparse.ArgumentParser, degree: str, normalizations: str) -> None:
+    parser.add_argument("--degree", type=int, metavar="P", help=f"of the polynomial (default: {degree})")
+    parser.add_argument("--normalization", metavar="Z", help=normalizations)
+
+
+def _tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub name (default: the checkpoint's own)")
 
 
 def _json(parser: argparse.ArgumentParser) -> None:

@@ -176,6 +176,7 @@ def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--tokenizer", "."], ". holds no tokenizer: name"),
         (["--fit", "gain"], "--fit says what --calibrate sets"),
         (["--budget", "0.5"], "--budget needs --calibrate FILE"),
         (["--budget", "1.5", "--calibrate", __file__], "--budget must be a share of the heads, above 0 and up to 1"),

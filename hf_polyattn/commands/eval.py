@@ -21,7 +21,7 @@ from ..patching import coverage
 from ..tables import format_table
 from ..training.devices import device_name
 from ..training.tokenizers import own_tokenizer
-from .loading import holds_adapters, load_adapted, load_checkpoint
+from .loading import check_vocabulary, holds_adapters, load_adapted, load_checkpoint
 
 OPTIONS = {
     "text": ("block_size", "stride"),
@@ -122,10 +122,7 @@ def _evaluate(path: str, args: Namespace, measure: Measure) -> tuple[dict[str, A
         raise ValueError(
             f"{args.tokenizer or path} holds no tokenizer: name the one that {path} was trained with, --tokenizer DIR"
         )
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {path} {rows}: use the model's own tokenizer")
+    check_vocabulary(tokenizer, model, path)
     if tokenizer.pad_token is None:
         # padded positions are masked, so that the token does not matter
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

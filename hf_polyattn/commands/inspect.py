@@ -11,7 +11,7 @@ from ..models import PolyModelMixin, read_settings, states
 from ..patching import coverage
 from ..tables import format_states
 from ..training.tokenizers import own_tokenizer
-from .loading import batches_of, holds_adapters, load_adapted, load_checkpoint
+from .loading import batches_of, check_vocabulary, holds_adapters, load_adapted, load_checkpoint
 
 
 def run(args: Namespace) -> str:
@@ -64,4 +64,5 @@ def _measured(model: PreTrainedModel, args: Namespace) -> AttentionReport:
     tokenizer = own_tokenizer(args.tokenizer or args.path)
     if tokenizer is None:
         raise ValueError(f"{args.path} has no tokenizer, and --text needs one: name it with --tokenizer")
+    check_vocabulary(tokenizer, model, args.path)
     return attention_statistics(model.eval(), [{"input_ids": ids} for ids in batches_of(tokenizer, file, model)])

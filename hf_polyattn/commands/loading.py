@@ -1,6 +1,7 @@
 """Checkpoints as the commands take them: a folder or a Hub name; every error says what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -92,6 +93,14 @@ def _check_model_type(path: str) -> None:
     if model_type.startswith(STOCK_PREFIX) and model_type not in CONFIG_MAPPING:
         stock = model_type.removeprefix(STOCK_PREFIX)
         raise ValueError(f"{path} is a {model_type}: it needs hf_polyattn.register_architecture({stock!r}, ...)")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str) -> None:
+    """Raises ValueError for a tokenizer of more tokens than the embedding of the model at `path` has rows."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, {path} {rows}: use the model's own tokenizer")
 
 
 def batches_of(tokenizer: PreTrainedTokenizerBase, file: Path, model: PreTrainedModel) -> list[torch.Tensor]:

@@ -10,11 +10,11 @@ from ..models import read_settings
 from ..patch_report import Source, advice, describe
 from ..patching import coverage, patch_model
 from ..training.tokenizers import own_tokenizer
-from .loading import batches_of, load_checkpoint
+from .loading import batches_of, check_vocabulary, load_checkpoint
 
 
 def run(args: Namespace) -> str:
-    """Loads args.source, patches it, saves it with its tokenizer in args.to."""
+    """Loads args.source, patches it, saves it with its tokenizer, or the one that was named, in args.to."""
     out = Path(args.to)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty: give --to a new folder")
@@ -22,11 +22,16 @@ def run(args: Namespace) -> str:
     _check_calibration(args)
     options = _options(args)
     resolve_config(args.activation, **{name: value for name, value in options.items() if name != "budget"})
+    named = own_tokenizer(args.tokenizer) if args.tokenizer else None
+    if args.tokenizer and named is None:
+        raise ValueError(f"{args.tokenizer} holds no tokenizer: name the folder or Hub name of one with --tokenizer")
     model = load_checkpoint(args.source)
-    tokenizer = own_tokenizer(args.source)
+    tokenizer = named or own_tokenizer(args.source)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model, args.source)
     if args.calibrate:
         if tokenizer is None:
-            raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one")
+            raise ValueError(f"{args.source} has no tokenizer, and --calibrate needs one: name it with --tokenizer")
         options["calibrate"] = batches_of(tokenizer, Path(args.calibrate), model)
         options["fit"] = args.fit or "gain"
     source = Source.of(model)
