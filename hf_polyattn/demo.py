@@ -39,6 +39,8 @@ class Reader:
 
     def read(self"""
 END = "<|endoftext|>"
+TIMED_STEPS = 100
+"""Of fewer, tokens/s are noise."""
 TABLES = ("encodings/", "pydoc_data/")
 """Parts of the standard library that hold tables, not code."""
 WITHOUT_PLUGIN = """
@@ -147,10 +149,13 @@ def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None
     }
     files = {name: write_job(job, data / f"{name}.json") for name, job in jobs.items()}
     records = train_side_by_side(files, data, steps)
-    print("\n" + results_table(records))
+    timed = steps >= TIMED_STEPS
+    print("\n" + results_table(records, timed))
     tokens = size.batch_size * size.block_size
     device = records["cubic"].facts["device"]
-    print(f"{steps} steps of {tokens:,} tokens, seed {seed}; measured while both trained side by side on {device}\n")
+    speed = "" if timed else f"; no speed, which fewer than {TIMED_STEPS} steps do not tell"
+    measured = f"measured while both trained side by side on {device}{speed}"
+    print(f"{steps} steps of {tokens:,} tokens, seed {seed}; {measured}\n")
 
     figure = draw(records, folder / "losses.png", steps, size)
     saved = folder / "cubic"
@@ -307,15 +312,15 @@ def refusal(saved: Path) -> str:
     return errors[-1].partition(" You can inspect")[0]
 
 
-def results_table(records: dict[str, Record]) -> str:
-    """Validation loss, speed, memory and ‖A‖_F / sqrt(N) of each layer, one row a model."""
+def results_table(records: dict[str, Record], timed: bool) -> str:
+    """Validation loss, speed if `timed`, memory and ‖A‖_F / sqrt(N) of each layer, one row a model."""
     layers = len(next(iter(records.values())).facts["norms"])
     norms = [f"‖A‖_F/√N layer {layer}" for layer in range(layers)]
     rows = [
         [
             name,
             f"{record.evaluations[-1][1]:.3f}",
-            f"{record.facts['tokens_per_second']:,.0f}",
+            f"{record.facts['tokens_per_second']:,.0f}" if timed else "-",
             f"{record.facts['peak_mib']:,.0f}",
             *(f"{norm:.2f}" for norm in record.facts["norms"]),
         ]

@@ -100,8 +100,9 @@ KEY_LINES = [
     r"^softmax step #/# validation loss #$",
     r"^cubic step #/# validation loss #$",
     r"^attention validation loss \(nats/token\) tokens/s peak memory \(MiB\) ‖A‖_F/√N layer # ‖A‖_F/√N layer #$",
-    r"^softmax # # # # #$",
-    r"^cubic # # # # #$",
+    # of so few steps as the test trains, the demo tells no speed
+    r"^softmax # [#-] # # #$",
+    r"^cubic # [#-] # # #$",
     r"^# steps of # tokens, seed #; measured while both trained side by side on ",
     r"^reloaded \S+ in a fresh process as PolyGPT#LMHeadModel: # logits identical$",
     r"^without the plugin a fresh process refuses it:$",
@@ -125,6 +126,7 @@ def test_demo_prints_what_the_readme_shows(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^cubic +\d+\.\d+ +- +\d+ .*\n.*; no speed, which fewer than 100 steps", result.stdout, re.M)
     shown = next(b.text for b in blocks(README) if b.language == "text")
     for where, lines in (("demo", skeleton(result.stdout)), ("README", skeleton(shown))):
         missing = [pattern for pattern in KEY_LINES if not any(re.search(pattern, line) for line in lines)]
