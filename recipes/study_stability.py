@@ -10,9 +10,9 @@ infinite is stopped by the recipe: its row says at which step, and has no loss. 
 repeated. Finished rows are kept. A run of 4 layers takes 5 seconds on one CPU core. --quick: the ends of each sweep, 4
 steps.
 
-On a CPU, bf16 is autocast, as on a GPU. fp16 is not: accelerate leaves it out there without a word and trains in fp32,
-so no row says that it trained in fp16. What a CPU can measure is the trained model with weights and activations cast:
-the rows "bf16 weights" and "fp16 weights" are evaluations of the run in fp32.
+On a CPU, bf16 is autocast, as on a GPU. fp16 is not: accelerate leaves it out there and trains in fp32, which the
+recipe refuses, so no row says that it trained in fp16. What a CPU can measure is the trained model with weights and
+activations cast: the rows "bf16 weights" and "fp16 weights" are evaluations of the run in fp32.
 """
 
 import itertools
@@ -91,14 +91,11 @@ SHARED = "--eval_steps 0 --save_steps 0 --overwrite"
 
 def train(words: list[str], output: Path) -> dict[str, Any]:
     """One run of the recipe: loss, diverged_at and note; what stopped it is written down, not raised."""
-    from accelerate.state import AcceleratorState
     from pretrain_causal_lm import main as pretrain
 
     from hf_polyattn.training.nonfinite import NonFiniteError
 
     outcome: dict[str, Any] = {"validation_loss": "", "diverged_at": "", "note": ""}
-    # the precision of a process's first run would stay that of all others
-    AcceleratorState._reset_state()
     try:
         loss = pretrain([str(SHAKESPEARE), *words, *SHARED.split(), "--output_dir", str(output)])["validation_loss"]
     except NonFiniteError as error:

@@ -106,8 +106,6 @@ def test_twins_differ_in_attention_only(tmp_path):
     ids=["monomial", "relu bf16", "llama chars", "sigmoid checkpointing"],
 )
 def test_options(tmp_path, extra):
-    # precision belongs to the process; runs of other precision came before in this one
-    AcceleratorState._reset_state()
     results = run_recipe("pretrain_causal_lm", tmp_path, *SHORT, *extra)
     AcceleratorState._reset_state()
     assert results["loss"] < 6
@@ -261,12 +259,37 @@ def test_checkpointing_computes_the_same_losses_with_adapters(pretrained, tmp_pa
 def test_bf16_trains_the_polynomial_as_fp32_does(tmp_path):
     losses = {}
     for precision in ("no", "bf16"):
-        AcceleratorState._reset_state()
         run_recipe("pretrain_causal_lm", tmp_path / precision, *SHORT, "--mixed_precision", precision)
         losses[precision] = metrics(tmp_path / precision)
-    AcceleratorState._reset_state()
     assert losses["bf16"] == pytest.approx(losses["no"], abs=1e-2)
     assert losses["bf16"] != losses["no"]
+
+
+def test_each_run_in_a_process_has_the_precision_that_it_asks_for(tmp_path, monkeypatch):
+    found = {}
+    for name, words, launched in (
+        ("bf16", ["--mixed_precision", "bf16"], None),
+        ("empty", [], None),
+        ("launched", [], "bf16"),
+        ("named", ["--mixed_precision", "no"], "bf16"),
+    ):
+        with monkeypatch.context() as environment:
+            if launched:
+                environment.setenv("ACCELERATE_MIXED_PRECISION", launched)
+            found[name] = run_recipe("pretrain_causal_lm", tmp_path / name, *SHORT, *words)["mixed_precision"]
+    assert found == {"bf16": "bf16", "empty": "no", "launched": "bf16", "named": "no"}
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_fp16_on_a_cpu_is_refused_with_the_remedy(launched, tmp_path, monkeypatch):
+    words = [] if launched else ["--mixed_precision", "fp16"]
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(
+        ValueError, match="fp16 needs a GPU, and this run would be on a CPU: use --mixed_precision bf16"
+    ):
+        run_recipe("pretrain_causal_lm", tmp_path / "run", *SHORT, *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_that_blows_up_stops_with_place_and_remedy(tmp_path):
@@ -314,7 +337,6 @@ def test_compiled_model_is_saved_under_its_own_names(tmp_path, monkeypatch):
     arguments = [*SHORT, "--model_config.n_layer", 1, "--activation", "softmax"]
     run_recipe("pretrain_causal_lm", tmp_path / "plain", *arguments)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    AcceleratorState._reset_state()
     run_recipe("pretrain_causal_lm", tmp_path / "compiled", *arguments)
     AcceleratorState._reset_state()
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "plain"), rel=1e-6)

@@ -40,6 +40,7 @@ from .losses import Loss
 from .models import print_once
 from .nonfinite import NOT_REPEATABLE, REMEDY, SHARDED, NonFiniteError, find_nonfinite
 from .optimization import check_deepspeed_clipping
+from .precision import settle_precision
 
 PUBLISHED = "published"
 """Folder below a run's own that holds what was pushed."""
@@ -56,8 +57,9 @@ MAX_SKIPPED_STEPS = 25
 def start_accelerator(optimization: OptimizationArguments, args: RunArguments) -> Accelerator:
     """An Accelerator whose batches are global: batch_size does not grow with the number of processes.
 
-    Raises ValueError when the processes cannot share a batch evenly.
+    Raises ValueError when the processes cannot share a batch evenly, and for fp16 on a CPU.
     """
+    settle_precision(optimization.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=optimization.mixed_precision,
         # a step's micro batches are drawn before the first of them is computed, so the loader's end must not count
