@@ -6,7 +6,7 @@ r"""Fine-tune a causal language model: a polynomial checkpoint as it is, a stock
 
 Plain text is packed into blocks. With a prompt and a completion column each row is one sequence, and only the
 completion carries a loss. --lora_r 8 trains adapters and the attention's learned state instead of all weights; the
-model they belong to is saved once, in OUT/base, and they name its absolute path, so that OUT must stay where it is.
+model they belong to is saved once, in OUT/base; the README beside them says how to take both elsewhere.
 debug_cpu.yaml goes on from pretrain_causal_lm's for 10 steps: seconds. metrics.jsonl starts with the loss before them.
 """
 

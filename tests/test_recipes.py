@@ -32,6 +32,7 @@ from hf_polyattn.training.lora import load_trained
 from hf_polyattn.training.nonfinite import NonFiniteError
 from hf_polyattn.training.run import MAX_SKIPPED_STEPS
 from hf_polyattn.training.tokenizers import byte_tokenizer
+from hf_polyattn_cli import main
 
 WITHOUT_DROPOUT = {
     "pretrain_causal_lm": "{n_layer: 2, n_head: 2, n_embd: 32, resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}",
@@ -416,6 +417,25 @@ def test_adapters_of_a_softmax_twin_stay_softmax(pretrained, tmp_path, monkeypat
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert type(load_trained(AutoModelForCausalLM, tmp_path / "out" / "last")).__name__ == "GPT2LMHeadModel"
+
+
+def test_adapters_say_what_they_need_and_are_found_with_it_in_another_place(pretrained, tmp_path, capsys):
+    arguments = ["--model", pretrained[0] / "best", *SHORT, "--lora_r", 2]
+    run_recipe("finetune_causal_lm", tmp_path / "out", *arguments)
+    before = load_trained(AutoModelForCausalLM, tmp_path / "out" / "last").state_dict()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    checkpoint = next((tmp_path / "moved").glob("checkpoint-*"))
+    after = load_trained(AutoModelForCausalLM, checkpoint).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    said = (checkpoint / "README.md").read_text()
+    assert f"a PolyGPT2LMHeadModel made from {pretrained[0] / 'best'}.\nIts attention is poly of degree 3." in said
+    assert str(tmp_path / "out") not in said
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert f"adapters of rank 2 of {tmp_path / 'moved' / 'base'}, merged in" in capsys.readouterr().out
+    (tmp_path / "moved" / "base").rename(tmp_path / "lost")
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert f"belong to the model in {tmp_path / 'out' / 'base'}, which is not there" in capsys.readouterr().err
 
 
 def test_adapters_of_a_stock_classifier_are_published_with_their_labels(tmp_path, pushed):

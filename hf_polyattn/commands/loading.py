@@ -75,8 +75,10 @@ def load_adapted(path: str) -> tuple[PreTrainedModel, str]:
     # only here: it takes a second, and most checkpoints need no PEFT
     from peft import PeftConfig, PeftModel
 
+    from ..training.lora import base_of
+
     adapters = PeftConfig.from_pretrained(path)
-    base = str(adapters.base_model_name_or_path)
+    base = base_of(Path(path))
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise FileNotFoundError(
             f"the adapters in {path} belong to the model in {base}, which is not there: bring it back, or correct "

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .lora import check_adapter
+from .lora import check_adapter, describe_base
 
 POSITION = "position.json"
 PARTIAL = ".partial"
@@ -62,6 +63,7 @@ def save_checkpoint(
         bare.save_pretrained(aside, state_dict=weights)
         if (aside / "adapter_model.safetensors").exists():
             check_adapter(aside, bare)
+            describe_base(aside, bare, yaml.safe_load(config_yaml).get("model"))
         tokenizer.save_pretrained(aside)
         (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
         sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -15,17 +16,40 @@ from transformers.pytorch_utils import Conv1D
 from hf_polyattn_arguments import LoraArguments
 
 from ..architectures import get_architecture
+from ..models import PolyModelMixin, read_settings
+from ..patch_report import describe
 
 ADAPTER = "adapter_model.safetensors"
 BASE = "base"
 """Folder below a run's own where the base model of its adapters lies."""
+
+NEEDS = """
+## Base model
+
+These adapters need the model in the folder `{base}` beside theirs, and no other: a {kind}.
+Its attention is {attention}.
+
+`base_model_name_or_path` in adapter_config.json is where it was. hf_polyattn finds it in another place too, if the
+folders lie there as they did; for PEFT alone, correct that path. Merged into it, they are a model that needs no other:
+
+```python
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM  # or the Auto class of its task
+
+from hf_polyattn.training.lora import load_trained
+
+load_trained(AutoModelForCausalLM, Path("this folder")).save_pretrained("merged")
+```
+
+"""
 
 
 def add_lora(accelerator: Accelerator, model: PreTrainedModel, args: LoraArguments, folder: Path) -> PeftModel:
     """`model` with adapters; the model is first saved to `folder`, and the adapter names that as its base.
 
     Whatever it was made from may differ: in its attention, which an adapter would meet in silence, or in its number
-    of labels. The name is an absolute path, so that `folder` must stay where it is.
+    of labels. The name is an absolute path: see `base_of` and `describe_base`.
     Raises RuntimeError when learned attention state would be left out of training.
     """
     targets = args.lora_target_modules or attention_projections(model)
@@ -83,6 +107,31 @@ def check_adapter(folder: Path, model: nn.Module) -> None:
         raise RuntimeError(f"{folder} lacks learned attention tensors: {missing[:3]}")
 
 
+def base_of(folder: Path) -> str:
+    """Where the base model of adapters is: what they name, or the folder `base` beside theirs if both have moved."""
+    named = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    was, beside = Path(named), folder.resolve().parent / BASE
+    has_moved = was.is_absolute() and was.name == BASE and not was.is_dir() and beside.is_dir()
+    return str(beside) if has_moved else named
+
+
+def describe_base(folder: Path, model: PeftModel, source: str | None) -> None:
+    """Says in the README that PEFT has written which model the adapters need, which a path alone does not.
+
+    source: the checkpoint that the base was made from.
+    """
+    base = model.get_base_model()
+    attention = describe(read_settings(base.config)) if isinstance(base, PolyModelMixin) else "softmax"
+    kind = type(base).__name__ + (f" made from {source}" if source else "")
+    section = NEEDS.format(base=BASE, kind=kind, attention=attention)
+    card = ModelCard.load(folder / "README.md")
+    card.text = section + card.text
+    # PEFT names it by the path here too, where a name on the Hub is meant
+    card.data.base_model = None
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+    card.save(folder / "README.md")
+
+
 def resume_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     """`model`, the base, with the trainable adapters of a checkpoint."""
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
@@ -92,7 +141,5 @@ def load_trained(auto_class: Any, folder: Path) -> PreTrainedModel:
     """The model of a checkpoint that a recipe wrote; adapters are merged into their base."""
     if not (folder / ADAPTER).exists():
         return auto_class.from_pretrained(folder)
-    base = auto_class.from_pretrained(
-        PeftConfig.from_pretrained(str(folder)).base_model_name_or_path, dtype=torch.float32
-    )
+    base = auto_class.from_pretrained(base_of(folder), dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
