@@ -42,7 +42,7 @@ _said: set[str] = set()
 
 
 def of_packages() -> dict[str, str]:
-    """Versions that a run's results name. This package's is of the code that ran, which need not be the one installed."""
+    """Versions for the results of a run; of this package, that of the code that runs, not of what pip says."""
     others = ("torch", "transformers", "accelerate", "datasets", "peft")
     return {"hf-polyattn": __version__, **{name: importlib.metadata.version(name) for name in others}}
 
