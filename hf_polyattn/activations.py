@@ -83,8 +83,11 @@ def get_activation(name: str) -> Activation:
     return _REGISTRY[name]
 
 
-def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConfig:
+def resolve_config(entry: Activation | str, *, calibrated: bool = False, **options: Any) -> PolyAttentionConfig:
     """The config of an activation: its defaults, overridden by `options`.
+
+    calibrated: it will be fitted to softmax on data, which goes best, and for coefficients only, where the output is
+    linear in the coefficients: the default normalization of "poly" is "length" then.
 
     Raises:
         TypeError: for the name of an option that there is not, with the nearest one.
@@ -99,8 +102,9 @@ def resolve_config(entry: Activation | str, **options: Any) -> PolyAttentionConf
         values.setdefault("coefficients", "monomial")
     elif isinstance(values.get("coefficients"), (tuple, list)) and "degree" not in options:
         values["degree"] = len(values["coefficients"]) - 1
-    if values.get("coefficients") == "monomial" and entry.is_polynomial:
-        values.setdefault("normalization", "sqrt_length")  # the paper's form; "length" suits values of mean 1
+    is_monomial = values.get("coefficients") == "monomial" and entry.is_polynomial
+    if (calibrated or not entry.is_polynomial) and not is_monomial:
+        values.setdefault("normalization", "length")
     config = PolyAttentionConfig(**values)
     _check_fit(entry, config)
     return config
@@ -123,6 +127,14 @@ def change_config(config: PolyAttentionConfig, **options: Any) -> PolyAttentionC
     if isinstance(options.get("coefficients"), (tuple, list)):
         values["degree"] = len(options["coefficients"]) - 1
     return PolyAttentionConfig.from_dict({**values, **options})
+
+
+def with_own_normalization(
+    config: PolyAttentionConfig, own: PolyAttentionConfig, named: Iterable[str]
+) -> PolyAttentionConfig:
+    """`config` with the normalization that the same function has in `own` already, where nobody named another."""
+    kept = change_config(config, normalization=own.normalization)
+    return kept if "normalization" not in named and kept.computes_like(own) else config
 
 
 def check_activation(config: PolyAttentionConfig) -> Activation:

@@ -245,7 +245,8 @@ def check_linear(config: PolyAttentionConfig) -> None:
     if config.normalization in NORMALIZED:
         raise ValueError(
             f"normalization {config.normalization!r} divides by a sum over the weights, so that the output is not "
-            'linear in the coefficients: use "length", "sqrt_length", "none" or a number, or fit="gain"'
+            'linear in the coefficients: patch with normalization="length", "sqrt_length", "none" or a number, as '
+            'patch_model(model, calibrate=batches, fit="coefficients") does, or use fit="gain"'
         )
 
 

@@ -27,11 +27,12 @@ class PolyAttentionConfig:
     """"learnable": c_0..c_p for each head, trained; "monomial": phi(s) = s^p; or p + 1 fixed numbers c_0..c_p."""
     init_coefficients: tuple[float, ...] | None = None
     """Where learnable coefficients start, c_0..c_p. None: the default of `activations.default_start`."""
-    normalization: str | float = "length"
-    """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14. `patch_model` takes
-    "sqrt_length", the paper's, where coefficients="monomial" and nothing is said."""
+    normalization: str | float = ""
+    """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14. Empty, and from then
+    on by name: see `default_normalization`; where `patch_model` calibrates a polynomial of its own, "length"."""
     alpha: float | Literal["auto"] = "auto"
-    """Factor of the score. "auto": one over the score spread, measured or estimated from the weights."""
+    """Factor of the score. "auto": one over the score spread where it is measured; where it is estimated from the
+    weights, one over the root of it, and under "sqrt_length" over the whole."""
     beta: float = 0.0
     """Shift of the scaled score."""
     gain: float | Literal["auto"] = "auto"
@@ -63,6 +64,8 @@ class PolyAttentionConfig:
         if isinstance(self.normalization, int) and not isinstance(self.normalization, bool):
             put("normalization", float(self.normalization))
         self._validate()
+        if self.normalization == "":
+            put("normalization", default_normalization(self.coefficients, self.degree))
 
     def _validate(self) -> None:
         if not isinstance(self.activation, str) or not self.activation:
@@ -83,7 +86,7 @@ class PolyAttentionConfig:
                 'init_coefficients is where learnable coefficients start: it needs coefficients="learnable"'
             )
         if isinstance(self.normalization, str):
-            if self.normalization not in NORMALIZATIONS:
+            if self.normalization not in ("", *NORMALIZATIONS):
                 raise ValueError(
                     f"normalization must be one of {NORMALIZATIONS} or a number, got {self.normalization!r}"
                 )
@@ -136,6 +139,18 @@ class PolyAttentionConfig:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown polyattn fields {unknown}: was this written by a newer hf_polyattn? Upgrade it")
         return cls(**values)
+
+
+def default_normalization(coefficients: str | tuple[float, ...], degree: int) -> str:
+    """What suits a polynomial where nobody says it; `docs/definition.md` has the measurements.
+
+    "sqrt_length" is the form of the paper, s^p. "l1" trains best from scratch on the models that were tried: its weights
+    stay bounded whatever the scores do. Degrees 1 and 2 take "length", which their linear-cost form needs, and so do
+    fixed numbers, whose size is the caller's.
+    """
+    if coefficients == "monomial":
+        return "sqrt_length"
+    return "l1" if coefficients == "learnable" and degree >= 3 else "length"
 
 
 def _is_number(value: Any) -> bool:

@@ -24,7 +24,7 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
 
     A second call sets them anew: it starts from what the first has left.
 
-    In a patched model an alpha that the config leaves "auto", one over the spread, follows a change of the spread.
+    In a patched model an alpha that the config leaves "auto" follows a change of the spread.
 
     Args:
         spread: root mean square of the scores around their mean; query and key weights are scaled by its root.
@@ -50,8 +50,9 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
             state = getattr(module, NAME, None)
             # under QK-norm the size of the weights does not reach the scores
             if state is not None and state.config.alpha == "auto" and not state.config.qk_norm:
-                state.alpha.div_(factor**2)
+                before = state.analytic_alpha()
                 state.spread *= factor**2
+                state.alpha.mul_(state.analytic_alpha() / before)
         if mean is not None:
             if not biases:
                 raise ValueError(f"{name} has no query and key biases to give scores a mean: use beta=, or spread=")

@@ -11,7 +11,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activations import change_config, check_activation, check_options, get_activation, resolve_config
+from .activations import (
+    change_config,
+    check_activation,
+    check_options,
+    get_activation,
+    resolve_config,
+    with_own_normalization,
+)
 from .architectures import get_architecture
 from .attention import NAME
 from .calibration import Fit, Target
@@ -130,7 +137,8 @@ def patch_model(
         if batches is not None and get_activation(activation).is_polynomial:
             # asked to measure, a preset's fixed numbers give way
             options = {"alpha": "auto", "gain": "auto", **options}
-        config = _with_measured(unwrap(model), resolve_config(activation, **options), options)
+        config = resolve_config(activation, calibrated=batches is not None, **options)
+        config = _as_before(unwrap(model), config, options)
     elif options or degree is not None or activation != "poly":
         raise ValueError("give either config= or activation, degree and options, not both")
     for report in apply_patch(model, config, batches, fit, target):
@@ -203,11 +211,16 @@ def _check_unpatched(model: PreTrainedModel) -> None:
         )
 
 
-def _with_measured(
-    base: PreTrainedModel, config: PolyAttentionConfig, named: Mapping[str, Any]
-) -> PolyAttentionConfig:
-    """`config`, where a preset's fixed alpha and gain give way to those that the same function was calibrated with."""
-    if not isinstance(base, PolyModelMixin) or not config.computes_like(own := read_settings(base.config)):
+def _as_before(base: PreTrainedModel, config: PolyAttentionConfig, named: Mapping[str, Any]) -> PolyAttentionConfig:
+    """`config`, where defaults give way to what the same function of a model patched before has.
+
+    Its normalization, which goes with its numbers; and alpha and gain that it was calibrated with, for a preset's.
+    """
+    if not isinstance(base, PolyModelMixin):
+        return config
+    own = read_settings(base.config)
+    config = with_own_normalization(config, own, named)
+    if not config.computes_like(own):
         return config
     measured = {name: "auto" for name in ("alpha", "gain") if getattr(own, name) == "auto" and name not in named}
     return change_config(config, **measured)
@@ -299,7 +312,7 @@ def choose_heads(
     batches = as_batches(batches)
     if degree is not None:
         options["degree"] = degree
-    config = resolve_config(activation, **{"alpha": "auto", "gain": "auto", **options})
+    config = resolve_config(activation, calibrated=True, **{"alpha": "auto", "gain": "auto", **options})
     _check_unpatched(model)
     # in silence: what is patched here to be measured is not what the caller gets
     apply_patch(model, config)

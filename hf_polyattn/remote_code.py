@@ -129,6 +129,7 @@ def remote_code(config: Any, settings: PolyAttentionConfig, autos: Mapping[str, 
         "is_shifted": not state.is_plain_power,
         "masked": "-1e30" if entry.exponential else "0",
         "tensors_text": _literal(dict(learned)),
+        "start_alpha": _start_alpha(settings),
         "gain": state.analytic_gain() if settings.gain == "auto" else settings.gain,
         "start_text": textwrap.fill(f"START = {list(state.start)}", 110) if state.has_coefficients else "",
         "has_softmax": settings.layers is not None or settings.heads is not None,
@@ -137,6 +138,13 @@ def remote_code(config: Any, settings: PolyAttentionConfig, autos: Mapping[str, 
     }
     digest = hashlib.sha256(render(_TEMPLATE, digest="", **values).encode()).hexdigest()[:8]
     return render(_TEMPLATE, digest=digest, **values)
+
+
+def _start_alpha(settings: PolyAttentionConfig) -> str:
+    """Python for what `PolyAttentionState.analytic_alpha` is, or for the number that the caller named."""
+    if settings.alpha != "auto":
+        return str(settings.alpha)
+    return "1 / self.spread" if settings.normalization == "sqrt_length" else "self.spread**-0.5"
 
 
 def formulas(settings: PolyAttentionConfig) -> tuple[str, str]:

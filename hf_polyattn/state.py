@@ -28,7 +28,7 @@ class PolyAttentionState(nn.Module):
         config: what to compute.
         num_heads: query heads of the host module.
         chosen: indices of the patched heads, None for all.
-        spread: expected root mean square of the host's scores before training; one over it is the default alpha.
+        spread: expected root mean square of the host's scores before training; see `analytic_alpha`.
         like: dtype and device of the host's parameters.
     """
 
@@ -114,12 +114,12 @@ class PolyAttentionState(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The documented start: alpha = 1 / spread, `analytic_gain`, `default_start` coefficients.
+        """The documented start: `analytic_alpha`, `analytic_gain`, `default_start` coefficients.
 
         Goes through Transformers' guarded init functions, so that what a checkpoint has loaded is left alone.
         """
         config = self.config
-        alpha = 1 / self.spread if config.alpha == "auto" else config.alpha
+        alpha = self.analytic_alpha() if config.alpha == "auto" else config.alpha
         gain = self.analytic_gain() if config.gain == "auto" else config.gain
         init.constant_(self.alpha, alpha)
         init.constant_(self.beta, config.beta)
@@ -160,6 +160,15 @@ class PolyAttentionState(nn.Module):
             tensor, source = getattr(self, name), getattr(old, name)
             tensor[[mine.index(head) for head in common]] = source[[theirs.index(head) for head in common]].to(tensor)
         return set(names)
+
+    def analytic_alpha(self) -> float:
+        """One over the root of the spread: half way, in logarithms, from the host's scores to scores of spread 1.
+
+        Every step moves alpha times the score: one over the whole spread, 20 to 40 in a small model, moves it too fast
+        for high learning rates and deep models. Under "sqrt_length" it is the whole spread all the same, as the unit
+        Gaussian scores of `analytic_gain` have it.
+        """
+        return 1 / self.spread if self.config.normalization == "sqrt_length" else self.spread**-0.5
 
     def analytic_gain(self) -> float:
         """What makes ‖A‖_F^2 = N for unit Gaussian scores under "sqrt_length"; 1 elsewhere and for given coefficients.

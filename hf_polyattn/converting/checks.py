@@ -38,7 +38,7 @@ def check_settings(args: ConversionArguments, attention: AttentionArguments) -> 
     if attention.activation == "softmax":
         raise ValueError("softmax to softmax is no conversion: name a polynomial")
     named = {"alpha": "auto", "gain": "auto", **attention.options()}
-    settings = resolve_config(attention.activation or "poly", **named)
+    settings = resolve_config(attention.activation or "poly", calibrated=True, **named)
     for _, stage in args.plan(tuple(STAGES)):
         if isinstance(stage, CalibrateStage) and stage.fit == "coefficients":
             try:

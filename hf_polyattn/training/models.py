@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_polyattn_arguments import AttentionArguments, ModelArguments
 
-from ..activations import change_config, get_activation, resolve_config
+from ..activations import change_config, get_activation, resolve_config, with_own_normalization
 from ..conversion import transfer_attention
 from ..initialization import start_scores
 from ..models import PolyModelMixin, read_settings
@@ -119,7 +119,9 @@ def replace_attention(
     if args.activation is None and own is not None:
         settings = change_config(own, **options)
     else:
-        settings = resolve_config(activation, **options)
+        settings = resolve_config(activation, calibrated=bool(batches), **options)
+        if own is not None:
+            settings = with_own_normalization(settings, own, options)
     if own is not None and settings.computes_like(own) and not args.calibrate_batches:
         # it was trained with the numbers that it has
         settings = change_config(
