@@ -77,7 +77,8 @@ class AttentionArguments:
     init_coefficients: list[float] | None = None
     """Where learnable coefficients start, c_0 ... c_p."""
     normalization: str | None = None
-    """sqrt_length, length, sum, l1, l2, none, or a number."""
+    """sqrt_length, length, sum, l1, l2, none, or a number. Empty, of a polynomial with learnable coefficients: l1 from
+    degree 3 on where it is not calibrated, length otherwise."""
     alpha: str | None = None
     """Factor of the score: auto or a number."""
     beta: float | None = None

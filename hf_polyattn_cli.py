@@ -51,7 +51,9 @@ def patch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=_CHECKPOINT)
     _to(parser, "folder to save the patched model in")
     parser.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
-    _polynomial(parser, "3, or what --coefficients gives", "sqrt_length, length, sum, l1, l2, none or a number")
+    normalizations = "sqrt_length, length, sum, l1, l2, none or a number"
+    default = "l1 from degree 3, length with --calibrate"
+    _polynomial(parser, "3, or what --coefficients gives", f"{normalizations} (default: {default})")
     parser.add_argument(
         "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
     )
@@ -152,7 +154,7 @@ def convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="softmax checkpoint: a folder, a Hub name or a .gguf file")
     _to(parser, "folder of the model and its report")
     parser.add_argument("--text", metavar="DATA", help="text file or Hub data set (default: the standard library)")
-    _polynomial(parser, "3", "sqrt_length, length, l1, l2, none or a number")
+    _polynomial(parser, "3", "sqrt_length, length, l1, l2, none or a number (default: length)")
     parser.add_argument(
         "--shares", type=float, nargs="+", metavar="S", help="of the heads, easiest first, such as 0.25 0.5 1"
     )

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from .config import PolyAttentionConfig
+from .config import NORMALIZED, PolyAttentionConfig
 
 Phi = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(scores [B, H, T, S], row lengths [B or 1, H or 1, T, 1]) -> values of the scores' shape."""
@@ -86,8 +86,8 @@ def get_activation(name: str) -> Activation:
 def resolve_config(entry: Activation | str, *, calibrated: bool = False, **options: Any) -> PolyAttentionConfig:
     """The config of an activation: its defaults, overridden by `options`.
 
-    calibrated: it will be fitted to softmax on data, which goes best, and for coefficients only, where the output is
-    linear in the coefficients: the default normalization of "poly" is "length" then.
+    calibrated: it will be fitted to softmax on data. The default normalization of "poly" is "length" then: there the
+    output is linear in the coefficients, without which they cannot be fitted.
 
     Raises:
         TypeError: for the name of an option that there is not, with the nearest one.
@@ -130,11 +130,17 @@ def change_config(config: PolyAttentionConfig, **options: Any) -> PolyAttentionC
 
 
 def with_own_normalization(
-    config: PolyAttentionConfig, own: PolyAttentionConfig, named: Iterable[str]
+    config: PolyAttentionConfig, own: PolyAttentionConfig, named: Iterable[str], *, linear: bool = False
 ) -> PolyAttentionConfig:
-    """`config` with the normalization that the same function has in `own` already, where nobody named another."""
+    """`config` with the normalization that the same function has in `own` already, where nobody named another.
+
+    linear: coefficients will be fitted, which leaves no number that goes with the old normalization: one in which the
+    output is not linear in them is not kept.
+    """
+    if "normalization" in named or (linear and own.normalization in NORMALIZED):
+        return config
     kept = change_config(config, normalization=own.normalization)
-    return kept if "normalization" not in named and kept.computes_like(own) else config
+    return kept if kept.computes_like(own) else config
 
 
 def check_activation(config: PolyAttentionConfig) -> Activation:
@@ -231,8 +237,8 @@ def default_start(degree: int) -> tuple[float, ...]:
     """Where learnable coefficients of the unit-spread score start: as the polynomial nearest to exp(s - 1/2).
 
     Nearest in the mean square over s ~ N(0, 1): sum_(k <= p) He_k(s) / k! with Hermite's polynomials, in powers of s.
-    Its mean is 1, so that rows sum to about 1 under "length", as softmax's do. Degree 3 is (2 + (1 + s)^3) / 6, which
-    rises everywhere; degree 2 is (1 + s)^2 / 2.
+    Its mean over such scores is 1, so that rows sum to about 1 under "length", as softmax's do. Degree 3 is
+    (2 + (1 + s)^3) / 6, which rises everywhere; degree 2 is (1 + s)^2 / 2.
     """
     return tuple(
         sum((-0.5) ** m / math.factorial(m) for m in range((degree - j) // 2 + 1)) / math.factorial(j)

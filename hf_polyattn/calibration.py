@@ -116,7 +116,9 @@ def calibrate(
     """Fits the numbers of every patched head to softmax on a few batches, without training.
 
     Args:
-        model: a patched model.
+        model: a patched model; for "coefficients", under a normalization such as "length", in which the output is
+            linear in them: not "l1", the default of a patch without data. `patch_model(model, calibrate=batches,
+            fit=...)` does both in one call and takes "length".
         batches: dictionaries of model inputs, or tensors of input ids; a few are enough.
         fit: "coefficients": the best polynomial of each head, see `fit_coefficients`; "gain": the size of its output
             alone, see `calibrate_gain`.
@@ -127,6 +129,7 @@ def calibrate(
         ValueError: where there is nothing to fit, or nothing to fit it to.
 
     Example:
+        >>> model = patch_model(model, degree=3, normalization="length")
         >>> report = calibrate(model, batches, fit="coefficients")
     """
     if fit not in get_args(Fit):

@@ -128,7 +128,7 @@ def fit_coefficients(
     coefficients carry the size.
 
     Args:
-        model: a patched model with learnable coefficients.
+        model: a patched model with learnable coefficients, under "length", "sqrt_length", "none" or a number.
         batches: dictionaries of model inputs, or tensors of input ids; a few are enough. Rows that attention_mask
             calls padding do not count.
         inputs: "teacher": all layers at once, each on what it sees in the softmax model; "student": layer by layer,

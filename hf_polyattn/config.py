@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 NORMALIZATIONS = ("sqrt_length", "length", "sum", "l1", "l2", "none")
+NORMALIZED = ("sum", "l1", "l2")
+"""Those that divide by a sum over the row's weights: the output is not linear in the coefficients."""
 COEFFICIENTS = ("learnable", "monomial")
 BACKENDS = ("auto", "recurrent", "cpu", "fused", "tiled", "naive")
 MAX_DEGREE = 16
@@ -28,8 +30,8 @@ class PolyAttentionConfig:
     init_coefficients: tuple[float, ...] | None = None
     """Where learnable coefficients start, c_0..c_p. None: the default of `activations.default_start`."""
     normalization: str | float = ""
-    """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14. Empty, and from then
-    on by name: see `default_normalization`; where `patch_model` calibrates a polynomial of its own, "length"."""
+    """Z_i: "sqrt_length", "length", "sum", "l1", "l2", "none", or a positive constant such as 14. Empty becomes what
+    `default_normalization` names; `patch_model` gives a polynomial that it calibrates "length" instead."""
     alpha: float | Literal["auto"] = "auto"
     """Factor of the score. "auto": one over the score spread where it is measured; where it is estimated from the
     weights, one over the root of it, and under "sqrt_length" over the whole."""
@@ -144,9 +146,9 @@ class PolyAttentionConfig:
 def default_normalization(coefficients: str | tuple[float, ...], degree: int) -> str:
     """What suits a polynomial where nobody says it; `docs/definition.md` has the measurements.
 
-    "sqrt_length" is the form of the paper, s^p. "l1" trains best from scratch on the models that were tried: its weights
-    stay bounded whatever the scores do. Degrees 1 and 2 take "length", which their linear-cost form needs, and so do
-    fixed numbers, whose size is the caller's.
+    "sqrt_length" is the form of the paper, s^p. "l1" trains best from scratch on the models that were tried: its
+    weights stay bounded whatever the scores do. Degrees 1 and 2 take "length", which their linear-cost form needs, and
+    so do fixed numbers, whose size is the caller's.
     """
     if coefficients == "monomial":
         return "sqrt_length"

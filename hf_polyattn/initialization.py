@@ -24,7 +24,8 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
 
     A second call sets them anew: it starts from what the first has left.
 
-    In a patched model an alpha that the config leaves "auto" follows a change of the spread.
+    In a patched model an alpha that the config leaves "auto" follows a change of the spread, as
+    `PolyAttentionState.analytic_alpha` does: calibrate afterwards, not before.
 
     Args:
         spread: root mean square of the scores around their mean; query and key weights are scaled by its root.

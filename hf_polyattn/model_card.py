@@ -139,7 +139,7 @@ def model_card(
         values |= {
             "has_code": not why_not(model.config, settings),
             "code_file": FILE,
-            "covered": str(coverage(model)).partition(": ")[2].capitalize(),
+            "covered": coverage(model).counts.capitalize(),
             "formula": formula,
             "divisor": divisor,
             "is_polynomial": get_activation(settings.activation).is_polynomial,

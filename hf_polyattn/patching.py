@@ -59,22 +59,29 @@ class Coverage:
     patched: name of each polynomial attention module -> its number of patched heads.
     softmax: names of the attention modules that are softmax.
     heads: number of heads of each attention module.
+    activation, normalization: those of the polynomial modules; None for a stock model.
     """
 
     patched: Mapping[str, int]
     softmax: tuple[str, ...]
     heads: Mapping[str, int]
     activation: str | None = None
+    normalization: str | float | None = None
 
     @property
     def total(self) -> int:
         return len(self.patched) + len(self.softmax)
 
+    @property
+    def counts(self) -> str:
+        """Such as "patched 2 of 2 attention modules (8 of 8 heads)"."""
+        share = f"{sum(self.patched.values())} of {sum(self.heads.values())} heads"
+        return f"patched {len(self.patched)} of {self.total} attention modules ({share})"
+
     def __str__(self) -> str:
-        heads = sum(self.patched.values())
-        share = f"{heads} of {sum(self.heads.values())} heads"
-        what = f"{self.activation}: " if self.activation else ""
-        return f"{what}patched {len(self.patched)} of {self.total} attention modules ({share})"
+        if self.activation is None:
+            return self.counts
+        return f"{self.activation}: {self.counts}, normalization {self.normalization}"
 
 
 def patch_model(
@@ -97,19 +104,22 @@ def patch_model(
             measured numbers that still mean the same are kept, so that another `backend`, another choice of layers and
             heads or of what is learned loses nothing. Coefficients start anew with another activation, degree or
             init_coefficients; alpha, beta and gain, which fit one function, also with another normalization or
-            qk_norm, when they are named anew or calibrated.
+            qk_norm, when they are named anew or calibrated. The normalization is kept too where the function is
+            otherwise the same, unless fit="coefficients" cannot work in it.
         activation: "poly", "monomial" (the paper's s^p / sqrt n), "softmax", "relu", "sigmoid" or a registered name.
         degree: of the polynomial; default 3.
         config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.
         calibrate: batches (dictionaries of model inputs, or tensors of input ids) on which each head is measured and
-            fitted to softmax.
+            fitted to softmax. For pretrained weights; new ones train best without it.
         fit: of calibration. "coefficients": the polynomial of each head whose output is nearest to softmax's; "gain":
             alpha and gain alone.
         target: of fit="gain". "output_rms", the size of softmax's output, loses least on a pretrained checkpoint and
             is the safe start of a new model; "frobenius", ‖A‖_F = sqrt N, can train better at low learning rates.
         budget: of heads="auto": the share of heads to convert, those that a polynomial fits best; see `choose_heads`.
         **options: fields of PolyAttentionConfig, such as normalization="length", qk_norm=True, layers=[0, 1],
-            heads={2: [0, 3]} or "auto", coefficients="monomial".
+            heads={2: [0, 3]} or "auto", coefficients="monomial". The default normalization of learnable coefficients
+            of degree 3 and up is "l1" without `calibrate` and "length" with it; of degrees 1 and 2 and of fixed
+            coefficients "length", of s^p "sqrt_length".
     Returns:
         the same object, now an instance of a subclass of its class with a model_type of its own.
     Raises:
@@ -138,7 +148,7 @@ def patch_model(
             # asked to measure, a preset's fixed numbers give way
             options = {"alpha": "auto", "gain": "auto", **options}
         config = resolve_config(activation, calibrated=batches is not None, **options)
-        config = _as_before(unwrap(model), config, options)
+        config = _as_before(unwrap(model), config, options, linear=batches is not None and fit == "coefficients")
     elif options or degree is not None or activation != "poly":
         raise ValueError("give either config= or activation, degree and options, not both")
     for report in apply_patch(model, config, batches, fit, target):
@@ -211,15 +221,18 @@ def _check_unpatched(model: PreTrainedModel) -> None:
         )
 
 
-def _as_before(base: PreTrainedModel, config: PolyAttentionConfig, named: Mapping[str, Any]) -> PolyAttentionConfig:
+def _as_before(
+    base: PreTrainedModel, config: PolyAttentionConfig, named: Mapping[str, Any], *, linear: bool
+) -> PolyAttentionConfig:
     """`config`, where defaults give way to what the same function of a model patched before has.
 
     Its normalization, which goes with its numbers; and alpha and gain that it was calibrated with, for a preset's.
+    linear: as of `with_own_normalization`.
     """
     if not isinstance(base, PolyModelMixin):
         return config
     own = read_settings(base.config)
-    config = with_own_normalization(config, own, named)
+    config = with_own_normalization(config, own, named, linear=linear)
     if not config.computes_like(own):
         return config
     measured = {name: "auto" for name in ("alpha", "gain") if getattr(own, name) == "auto" and name not in named}
@@ -307,7 +320,7 @@ def choose_heads(
         ValueError: for a budget that is not a share, and as `patch_model` and `fit_coefficients` do.
 
     Example:
-        >>> patch_model(model, degree=3, **choose_heads(model, batches, degree=3, budget=0.75))
+        >>> patch_model(model, degree=3, calibrate=batches, **choose_heads(model, batches, degree=3, budget=0.75))
     """
     batches = as_batches(batches)
     if degree is not None:
@@ -334,8 +347,10 @@ def coverage(model: nn.Module) -> Coverage:
             softmax.append(name)
         else:
             patched_heads[name] = heads[name] if state.chosen is None else len(state.chosen)
-    activation = read_settings(base.config).activation if isinstance(base, PolyModelMixin) else None
-    return Coverage(patched_heads, tuple(softmax), heads, activation)
+    if not isinstance(base, PolyModelMixin):
+        return Coverage(patched_heads, tuple(softmax), heads)
+    settings = read_settings(base.config)
+    return Coverage(patched_heads, tuple(softmax), heads, settings.activation, settings.normalization)
 
 
 def _to_polynomial(model: Any, settings: PolyAttentionConfig) -> None:

@@ -165,15 +165,16 @@ class PolyAttentionState(nn.Module):
         """One over the root of the spread: half way, in logarithms, from the host's scores to scores of spread 1.
 
         Every step moves alpha times the score: one over the whole spread, 20 to 40 in a small model, moves it too fast
-        for high learning rates and deep models. Under "sqrt_length" it is the whole spread all the same, as the unit
-        Gaussian scores of `analytic_gain` have it.
+        for high learning rates and deep models. Under "sqrt_length" it is one over the whole spread all the same, for
+        the unit Gaussian scores that `analytic_gain` assumes.
         """
         return 1 / self.spread if self.config.normalization == "sqrt_length" else self.spread**-0.5
 
     def analytic_gain(self) -> float:
         """What makes ‖A‖_F^2 = N for unit Gaussian scores under "sqrt_length"; 1 elsewhere and for given coefficients.
 
-        Under "length" the start of learnable coefficients has rows that sum to 1 already.
+        Under "length" the start of learnable coefficients has rows that sum to 1 already where the scores that phi
+        sees have a spread of 1.
         """
         config = self.config
         if config.normalization != "sqrt_length" or not self.activation.is_polynomial:

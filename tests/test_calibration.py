@@ -1,6 +1,7 @@
 """Calibration: what is measured, what is set from it, and what is left alone."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hf_polyattn.models import states
 
 FAMILIES = [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForMaskedLM)]
 CROSS = [("gpt2-cross", AutoModel), ("bert-cross", AutoModel)]
+DEGREE_4 = {"degree": 4, "normalization": "length"}
 
 
 # what is measured
@@ -97,7 +99,7 @@ def head_outputs(model, batch):
     return outputs
 
 
-@pytest.mark.parametrize("poly", [{}, {"activation": "monomial"}, {"normalization": "l1"}, {"degree": 4}], ids=str)
+@pytest.mark.parametrize("poly", [{}, {"activation": "monomial"}, {"normalization": "l1"}, DEGREE_4], ids=str)
 @pytest.mark.parametrize(("family", "auto"), FAMILIES)
 def test_output_starts_at_the_size_of_softmax(family, auto, poly, record):
     """On the queries, keys and values of the softmax model, in every layer."""
@@ -190,7 +192,7 @@ def test_analytic_spread_is_near_the_measured_one_at_initialisation(family):
     inputs = batch_for(model, 4, 32)
     if "cross" in family:
         inputs["encoder_hidden_states"] = torch.randn(4, 32, 128, dtype=torch.float64)
-    predicted = {name: 1 / state.alpha.clone() for name, state in states(model).items()}
+    predicted = {name: state.alpha.clone() ** -2 for name, state in states(model).items()}
     report = calibrate_gain(model, [inputs])
     for name, measures in report.modules.items():
         ratio = measures.spread.square().mean().sqrt() / predicted[name].mean()
@@ -201,10 +203,10 @@ def test_initializer_range_and_width_enter_the_analytic_spread():
     # sigma = width * range^2 at scaling 1 / sqrt(head_dim); drawn weights have that range within a few percent
     for width, spread in ((32, 0.0128), (64, 0.0256)):
         model = patch_model(tiny("gpt2", n_embd=width, factor=1.0))
-        assert states(model)["transformer.h.0.attn"].alpha[0].item() == pytest.approx(1 / spread, rel=0.1)
+        assert states(model)["transformer.h.0.attn"].alpha[0].item() == pytest.approx(spread**-0.5, rel=0.1)
     model = patch_model(tiny("gpt2", scale_attn_by_inverse_layer_idx=True))
     first, second = (state.alpha[0].item() for state in states(model).values())
-    assert second == pytest.approx(2 * first, rel=0.2)
+    assert second == pytest.approx(math.sqrt(2) * first, rel=0.1)
     model = patch_model(tiny("gpt2"), "monomial", alpha="auto", gain="auto", degree=4)
     assert states(model)["transformer.h.0.attn"].gain[0].item() == pytest.approx(frobenius_gain(4))
 
@@ -227,7 +229,8 @@ def test_patching_with_batches_is_patching_and_calibrating():
     batch = batch_for(stock)
     for activation in ("poly", "monomial"):
         model = patch_model(copy.deepcopy(stock), activation, calibrate=[batch["input_ids"]])
-        other = patch_model(copy.deepcopy(stock), activation, alpha="auto", gain="auto")
+        named = {"normalization": model.config.polyattn["normalization"], "alpha": "auto", "gain": "auto"}
+        other = patch_model(copy.deepcopy(stock), activation, **named)
         calibrate_gain(other, iter([{**batch, "labels": batch["input_ids"]}]))
         assert torch.equal(output(model), output(other))
 
@@ -312,7 +315,7 @@ def test_what_is_no_list_of_batches_is_refused_with_the_remedy(batches, match):
     assert type(stock).__name__ == "GPT2LMHeadModel"
     for function in (calibrate, calibrate_gain):
         with pytest.raises(ValueError, match=match.format(name="batches")):
-            function(patch_model(copy.deepcopy(stock)), batches)
+            function(patch_model(copy.deepcopy(stock), normalization="length"), batches)
     with pytest.raises(ValueError, match=match.format(name="batches")):
         choose_heads(stock, batches)
 

@@ -43,6 +43,11 @@ def bare_coefficients(state):
     return state.coefficients.detach() * state.alpha[:, None] ** torch.arange(state.coefficients.shape[1])
 
 
+def linear(model, **options):
+    """Patched under a normalization in which coefficients can be fitted, which is no default without batches."""
+    return patch_model(model, **{"normalization": "length", **options})
+
+
 # the least squares
 
 
@@ -87,7 +92,7 @@ def test_r2_of_a_layer_is_that_of_its_output_behind_the_projection(family, auto,
             if name.endswith("bias"):
                 parameter.normal_()
     batches = padded_batches(stock)
-    model = patch_model(copy.deepcopy(stock))
+    model = linear(copy.deepcopy(stock))
     report = calibrate(model, batches)
     seen = record(stock, batches)
     for layer, (state, fit, one, values) in enumerate(
@@ -108,7 +113,7 @@ def test_r2_of_a_layer_is_that_of_its_output_behind_the_projection(family, auto,
 def test_a_fixed_gain_and_alpha_stay_and_enter_the_fit():
     stock = tiny("gpt2")
     batch = batch_for(stock)
-    free, fixed = patch_model(copy.deepcopy(stock)), patch_model(copy.deepcopy(stock), gain=2.0, alpha=0.5)
+    free, fixed = linear(copy.deepcopy(stock)), linear(copy.deepcopy(stock), gain=2.0, alpha=0.5)
     for model in (free, fixed):
         calibrate(model, [batch], ridge=1e-12)
     assert torch.allclose(output(free), output(fixed), rtol=1e-5, atol=1e-7)
@@ -124,7 +129,7 @@ def test_softmax_that_is_a_polynomial_is_recovered():
         for block in stock.transformer.h:
             block.attn.c_attn.weight[:, : 2 * WIDTH] = 0
             block.attn.c_attn.bias[: 2 * WIDTH] = 0.7
-    model = patch_model(copy.deepcopy(stock))
+    model = linear(copy.deepcopy(stock))
     report = calibrate(model, [batch_for(stock)])
     assert torch.allclose(output(model), output(stock), atol=1e-5)
     for fit in report.modules.values():
@@ -157,7 +162,7 @@ def test_a_head_without_values_gets_no_weights():
 def test_heads_outside_the_patch_are_not_fitted():
     stock = tiny("llama")
     batch = batch_for(stock)
-    part, whole = patch_model(copy.deepcopy(stock), heads={1: [1, 3]}, layers=[1]), patch_model(copy.deepcopy(stock))
+    part, whole = linear(copy.deepcopy(stock), heads={1: [1, 3]}, layers=[1]), linear(copy.deepcopy(stock))
     report = calibrate(part, [batch])
     everything = list(calibrate(whole, [batch]).modules.values())[1]
     (fit,) = report.modules.values()
@@ -170,7 +175,7 @@ def test_heads_outside_the_patch_are_not_fitted():
 
 
 def test_inputs_of_the_student_are_those_that_its_own_layers_make():
-    model = patch_model(tiny("gpt2"))
+    model = linear(tiny("gpt2"))
     batch = batch_for(model)
     calibrate(model, [batch], inputs="student", ridge=1e-12)
     captured = []
@@ -205,7 +210,7 @@ def test_inputs_of_the_student_are_those_that_its_own_layers_make():
 
 @pytest.mark.parametrize("degree", [2, 3, 4, 7])
 def test_monotone_polynomials_do_not_fall_within_the_range(degree):
-    model = patch_model(tiny("gpt2"), degree=degree)
+    model = linear(tiny("gpt2"), degree=degree)
     batch = batch_for(model, 4, 16)
     free = calibrate(model, [batch])
     bound = calibrate(model, [batch], monotone=True)
@@ -254,7 +259,7 @@ def test_nonnegative_least_squares_meets_its_conditions():
 
 
 def test_share_of_scores_beyond_the_calibrated_range():
-    model = patch_model(tiny("llama"))
+    model = linear(tiny("llama"))
     batch = batch_for(model)
     report = calibrate(model, [batch], inputs="student")
     assert all((share == 0).all() for share in scores_beyond(model, [batch], report).values())
@@ -265,7 +270,7 @@ def test_share_of_scores_beyond_the_calibrated_range():
     assert share.shape == (HEADS,)
     assert ((share > 0) & (share < 0.5)).all()
     with pytest.raises(ValueError, match="other modules or heads"):
-        scores_beyond(patch_model(tiny("llama"), layers=[0]), [batch], report)
+        scores_beyond(linear(tiny("llama"), layers=[0]), [batch], report)
 
 
 # which heads
@@ -283,7 +288,7 @@ def test_the_hardest_heads_stay_softmax():
     stock = tiny("gpt2")
     batches = padded_batches(stock)
     before = output(stock)
-    report = calibrate(patch_model(copy.deepcopy(stock)), batches)
+    report = calibrate(linear(copy.deepcopy(stock)), batches)
     r2 = torch.stack([fit.r2 for fit in report.modules.values()])
     chosen = choose_heads(stock, batches, budget=0.5)
     assert type(stock).__name__ == "GPT2LMHeadModel"
@@ -311,7 +316,7 @@ def test_the_hardest_heads_stay_softmax():
 
 
 def test_report_prints_and_draws(tmp_path):
-    model = patch_model(tiny("gpt2"))
+    model = linear(tiny("gpt2"))
     report = calibrate(model, [batch_for(model)])
     lines = str(report).splitlines()
     assert lines[0].startswith("fitted degree 3 / length to softmax in 2 attention modules on 1 batches")
@@ -328,7 +333,7 @@ def test_report_prints_and_draws(tmp_path):
 def test_reported_weights_are_the_mean_of_softmax_times_z(record):
     stock = tiny("gpt2")
     batch = batch_for(stock)
-    report = calibrate(patch_model(copy.deepcopy(stock)), [batch])
+    report = calibrate(linear(copy.deepcopy(stock)), [batch])
     ((scores, keep, _),) = record(stock, [batch])[0]
     weights = scores.masked_fill(~keep, -torch.inf).softmax(-1) * keep.sum(-1, keepdim=True)
     fit = report.modules["transformer.h.0.attn"]
@@ -341,7 +346,7 @@ def test_reported_weights_are_the_mean_of_softmax_times_z(record):
 
 def test_without_an_output_projection_there_is_no_r2_of_the_layer(own_registry):
     register_architecture("gpt2", ["GPT2Attention"], exist_ok=True)
-    model = patch_model(tiny("gpt2"))
+    model = linear(tiny("gpt2"))
     report = calibrate(model, [batch_for(model)])
     assert all(fit.projected_r2 is None for fit in report.modules.values())
     assert "0." in str(report)
@@ -351,17 +356,17 @@ def test_patching_with_batches_is_patching_and_fitting():
     stock = tiny("llama")
     batch = batch_for(stock)
     model = patch_model(copy.deepcopy(stock), calibrate=[batch["input_ids"]], fit="coefficients")
-    other = patch_model(copy.deepcopy(stock))
+    other = linear(copy.deepcopy(stock))
     calibrate(other, iter([{**batch, "labels": batch["input_ids"]}]))
     assert torch.equal(output(model), output(other))
     gain = patch_model(copy.deepcopy(stock), calibrate=[batch])
-    calibrate(other := patch_model(copy.deepcopy(stock)), [batch], fit="gain")
+    calibrate(other := linear(copy.deepcopy(stock)), [batch], fit="gain")
     assert torch.equal(output(gain), output(other))
     assert not torch.allclose(output(gain), output(model), atol=1e-3)
 
 
 def test_fitting_again_changes_nothing():
-    model = patch_model(tiny("gpt2"), learn_gain=True)
+    model = linear(tiny("gpt2"), learn_gain=True)
     calibrate(model, [batch_for(model)])
     before = output(model)
     calibrate(model, [batch_for(model)])
@@ -369,7 +374,7 @@ def test_fitting_again_changes_nothing():
 
 
 def test_modes_gradients_and_other_weights_are_left_alone():
-    model = patch_model(tiny("gpt2")).train()
+    model = linear(tiny("gpt2")).train()
     model.transformer.h[0].ln_1.eval()
     model.transformer.wte.weight.requires_grad_(False)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -398,7 +403,7 @@ def test_fits_that_cannot_be_are_refused():
             calibrate(model, [batch], **options)
 
     refuses("is not patched")
-    patch_model(model)
+    linear(model)
     refuses("fit must be one of", fit="alpha")
     refuses("inputs must be one of", inputs="both")
     refuses("ridge must be positive", ridge=0)
@@ -452,7 +457,7 @@ def test_a_failure_in_the_middle_changes_nothing(monkeypatch):
 
 
 def test_cross_attention_is_fitted_too():
-    model = patch_model(tiny("gpt2-cross", AutoModel))
+    model = linear(tiny("gpt2-cross", AutoModel))
     report = calibrate(model, [batch_for(model), {**batch_for(model), "input_ids": token_ids()}])
     assert len(report.modules) == 2 * LAYERS
     assert all((fit.r2 > 0).all() for fit in report.modules.values())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_polyattn import PolyAttentionConfig
+from hf_polyattn import PolyAttentionConfig, activations
 from hf_polyattn.activations import (
     change_config,
     default_start,
@@ -89,7 +89,7 @@ def test_config_is_frozen():
         ("coefficients", [(1.0, 2.0), range(9)], "degree 3 needs 4 coefficients"),
         ("coefficients", [(0, 1, 0, math.nan), (0, 1, 0, math.inf)], "coefficients must be finite"),
         ("init_coefficients", [(1.0,)], "degree 3 needs 4 init_coefficients"),
-        ("normalization", ["sqrt", "L1", ""], "normalization must be one of"),
+        ("normalization", ["sqrt", "L1", " "], "normalization must be one of"),
         ("normalization", [0, -1.0, math.inf, math.nan, None, True], "must be a positive number"),
         ("alpha", [0, math.nan, math.inf, "automatic", None, True], 'alpha must be "auto" or a finite number'),
         ("gain", [0, math.nan, "measured"], 'gain must be "auto" or a finite number'),
@@ -136,7 +136,7 @@ def test_sequences_become_tuples_and_keys_become_numbers():
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [
-        ("poly", {"coefficients": "learnable", "degree": 3, "alpha": "auto", "normalization": "length"}),
+        ("poly", {"coefficients": "learnable", "degree": 3, "alpha": "auto", "normalization": "l1"}),
         ("monomial", {"coefficients": "monomial", "normalization": "sqrt_length", "alpha": 1.0, "gain": 1.0}),
         ("softmax", {"normalization": "sum", "alpha": 1.0, "gain": 1.0}),
         ("relu", {"normalization": "length", "alpha": 1.0, "gain": 1.0}),
@@ -147,6 +147,45 @@ def test_defaults_of_the_activations(activation, expected):
     config = resolve_config(activation)
     assert config.activation == activation
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "new", "calibrated"),
+    [
+        ({}, "l1", "length"),
+        ({"degree": 4}, "l1", "length"),
+        ({"degree": 2}, "length", "length"),
+        ({"degree": 1}, "length", "length"),
+        ({"init_coefficients": (0, 1, 0, 1)}, "l1", "length"),
+        ({"coefficients": (0, 1, 0, 1)}, "length", "length"),
+        ({"coefficients": "monomial"}, "sqrt_length", "sqrt_length"),
+        ({"normalization": "l2"}, "l2", "l2"),
+    ],
+    ids=str,
+)
+def test_default_normalization_of_a_polynomial(options, new, calibrated):
+    assert PolyAttentionConfig(**{"degree": 3, **options}).normalization == new
+    assert resolve_config("poly", **options).normalization == new
+    assert resolve_config("poly", calibrated=True, **options).normalization == calibrated
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_default_normalization_of_what_is_registered(monkeypatch, calibrated):
+    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
+    register_activation("silu", lambda scores, lengths: scores)
+    register_activation("quintic", defaults={"degree": 5})
+    register_activation("l2 quintic", defaults={"degree": 5, "normalization": "l2"})
+    assert resolve_config("silu", calibrated=calibrated).normalization == "length"
+    assert resolve_config("quintic", calibrated=calibrated).normalization == ("length" if calibrated else "l1")
+    assert resolve_config("l2 quintic", calibrated=calibrated).normalization == "l2"
+
+
+def test_a_config_has_the_name_of_its_default_normalization():
+    assert PolyAttentionConfig(normalization="") == PolyAttentionConfig()
+    assert PolyAttentionConfig().to_dict()["normalization"] == "l1"
+    # what was saved with a name stays what it is
+    assert PolyAttentionConfig.from_dict({"normalization": "length"}).normalization == "length"
+    assert change_config(PolyAttentionConfig(), degree=2).normalization == "l1"
 
 
 def test_options_win_over_the_defaults_of_an_activation():

@@ -116,15 +116,25 @@ def alphas(model):
     return torch.stack([state.alpha for state in states(model).values()])
 
 
+POWERS = [
+    ({}, -0.5),
+    ({"degree": 2}, -0.5),
+    ({"normalization": "length"}, -0.5),
+    ({"normalization": "sqrt_length"}, -1),
+]
+"""Options, and the power of the spread that the default alpha is."""
+
+
+@pytest.mark.parametrize(("options", "power"), POWERS, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_default_alpha_follows_the_weights(name):
-    fresh = alphas(patch_model(built(name)))
+def test_default_alpha_follows_the_weights(name, options, power):
+    fresh = alphas(patch_model(built(name), **options))
     entry = get_architecture(CONFIGS[name])
-    expected = [1 / entry.initial_spread(module) for _, module in entry.attention_modules(built(name))]
-    torch.testing.assert_close(fresh.mean(1), torch.tensor(expected), rtol=0.05, atol=0)
+    spreads = torch.tensor([entry.initial_spread(module) for _, module in entry.attention_modules(built(name))])
+    torch.testing.assert_close(fresh.mean(1), spreads**power, rtol=0.05, atol=0)
     scaled = built(name)
     start_scores(scaled, spread=1.0)
-    torch.testing.assert_close(alphas(patch_model(scaled)), fresh * torch.tensor(expected)[:, None] ** -1)
+    torch.testing.assert_close(alphas(patch_model(scaled, **options)), fresh / spreads[:, None] ** power)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -137,15 +147,14 @@ def test_scores_of_a_started_model_have_unit_spread_after_alpha(name):
     torch.testing.assert_close(default.mean(1), measured_alpha, rtol=0.35, atol=0)
 
 
-@pytest.mark.parametrize(("options", "follows"), [({}, True), ({"alpha": 2.0}, False), ({"qk_norm": True}, False)])
-def test_alpha_follows_a_change_of_the_spread_only_where_it_means_the_spread(options, follows):
+@pytest.mark.parametrize(("options", "power"), [*POWERS, ({"alpha": 2.0}, 0), ({"qk_norm": True}, 0)], ids=str)
+def test_alpha_follows_a_change_of_the_spread_only_where_it_means_the_spread(options, power):
     model = patch_model(built("llama"), **options)
     before = alphas(model)
     start_scores(model, spread=1.0)
     entry = get_architecture(model.config)
     spreads = torch.tensor([entry.initial_spread(module) for _, module in entry.attention_modules(model)])
-    expected = before * spreads[:, None] if follows else before
-    torch.testing.assert_close(alphas(model), expected)
+    torch.testing.assert_close(alphas(model), before / spreads[:, None] ** power)
 
 
 def test_weights_that_cannot_be_read_leave_the_formula_of_the_configuration():

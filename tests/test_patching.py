@@ -82,10 +82,10 @@ def test_coverage_counts_modules_and_heads_and_prints():
     assert report.patched == {"transformer.h.0.attn": 4, "transformer.h.1.attn": 2}
     assert report.softmax == ()
     assert report.total == LAYERS
-    assert str(report) == "poly: patched 2 of 2 attention modules (6 of 8 heads)"
+    assert str(report) == "poly: patched 2 of 2 attention modules (6 of 8 heads), normalization l1"
     patch_model(model, "relu", layers=[-1])
     assert coverage(model).softmax == ("transformer.h.0.attn",)
-    assert str(coverage(model)) == "relu: patched 1 of 2 attention modules (4 of 8 heads)"
+    assert str(coverage(model)) == "relu: patched 1 of 2 attention modules (4 of 8 heads), normalization length"
     assert coverage(tiny("bert-cross")).total == 2 * LAYERS
 
 
@@ -93,7 +93,7 @@ def test_patching_says_what_it_did(caplog):
     model = tiny("llama")
     with caplog.at_level(logging.INFO, "hf_polyattn"):
         patch_model(model, calibrate=[batch_for(model)])
-    assert "poly: patched 2 of 2 attention modules (8 of 8 heads)" in caplog.text
+    assert "poly: patched 2 of 2 attention modules (8 of 8 heads), normalization length" in caplog.text
     assert "calibrated 2 attention modules on 1 batches" in caplog.text
 
 
@@ -240,7 +240,8 @@ def test_what_no_longer_means_the_same_starts_anew(change, kept):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"degree": 5}, "; was degree=3; new: coefficients, alpha, gain"),
+        ({"degree": 5}, "; was degree=3, normalization='length'; new: coefficients, alpha, gain"),
+        ({"degree": 2}, "; was degree=3; new: coefficients, alpha, gain"),
         ({"normalization": "l1"}, "; was normalization='length'; kept: coefficients; new: alpha, gain"),
         ({"gain": 2.0}, "; was gain='auto'; kept: coefficients, alpha; new: gain"),
         ({"backend": "naive"}, "; was backend='auto'; kept: coefficients, alpha, gain"),

@@ -13,9 +13,10 @@
 
 import torch
 
+# those whose Z depends on the weights: their backward has a second term
+from ..config import NORMALIZED as NORMALIZED
+
 EPS = 1e-6  # keeps Z away from zero
-NORMALIZED = ("sum", "l1", "l2")
-"""The normalizations whose Z depends on the weights: their backward has a second term."""
 
 
 def row_scale(values: torch.Tensor, lengths: torch.Tensor, normalization: str | float) -> torch.Tensor | float:

@@ -121,7 +121,8 @@ def replace_attention(
     else:
         settings = resolve_config(activation, calibrated=bool(batches), **options)
         if own is not None:
-            settings = with_own_normalization(settings, own, options)
+            linear = bool(batches) and args.calibration_fit == "coefficients"
+            settings = with_own_normalization(settings, own, options, linear=linear)
     if own is not None and settings.computes_like(own) and not args.calibrate_batches:
         # it was trained with the numbers that it has
         settings = change_config(
