@@ -70,6 +70,10 @@ def main() -> None:
         found["contradiction"] = message(
             lambda: auto.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa")
         )
+        new = type(model)(model.config)
+        found["start"] = {
+            name: row.flatten().tolist() for name, row in new.state_dict().items() if ".polyattn." in name
+        }
         found["switched"] = message(lambda: model.set_attn_implementation("eager"))
         found["autos"] = {
             other: type(getattr(transformers, other).from_pretrained(folder, trust_remote_code=True)).__name__

@@ -146,7 +146,7 @@ def test_what_was_frozen_or_in_some_mode_is_so_again():
 def test_loss_is_that_of_the_projected_output_on_the_inputs_of_the_teacher(family, auto, layer):
     """Only one layer patched: then both models agree on its inputs, and hooks on both see the two outputs."""
     teacher = tiny(family, auto, double=False, factor=8.0)
-    student = patch_model(copy.deepcopy(teacher), layers=[layer])
+    student = patch_model(copy.deepcopy(teacher), layers=[layer], normalization="length")
     batch = padded_batches(teacher)[0]
     calibrate(student, [batch])
     seen = []
@@ -351,7 +351,7 @@ def test_the_softmax_twin_is_tuned_without_a_teacher():
 
 def test_a_student_that_follows_already_may_stay_where_it_is():
     """Attention of nearly equal weights is a polynomial: what the steps do to an error of 1e-5 is noise."""
-    student, teacher = pair(factor=1.0)
+    student, teacher = pair(factor=1.0, normalization="length")
     calibrate(student, [batch_for(student, 8, 16)])
     report = transfer(student, teacher, many(3), learning_rate=1e-4, polyattn_learning_rate=2e-3)
     assert report.before.mean() < report.after.mean() < 1e-3

@@ -112,6 +112,19 @@ def test_without_the_plugin_the_code_beside_the_weights_gives_equal_results(firs
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_new_model_of_that_code_starts_as_one_of_the_plugin(first, checkpoints, name):
+    model = CASES[name][1].from_pretrained(checkpoints / name)
+    new = {key: row for key, row in type(model)(model.config).state_dict().items() if ".polyattn." in key}
+    assert first[name]["start"] == {key: pytest.approx(row.flatten().tolist()) for key, row in new.items()}
+    (state, *_) = states(model).values()
+    power = {"llama-learned": 0, "llama-fixed": -1, "gpt2-sigmoid-part": 0, "bert-relu": 0, "mistral-softmax": 0}
+    alphas = [row for key, row in new.items() if key.endswith("alpha")]
+    assert torch.cat(alphas).tolist() == pytest.approx(
+        [state.spread ** power.get(name, -0.5)] * len(torch.cat(alphas))
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_without_either_it_is_refused_with_the_remedy(first, name):
     found = first[name]
     assert "trust_remote_code=True" in found["refused"]
