@@ -144,7 +144,7 @@ class PolyAttentionConfig:
 
 
 def default_normalization(coefficients: str | tuple[float, ...], degree: int) -> str:
-    """What suits a polynomial where nobody says it; `docs/definition.md` has the measurements.
+    """What suits a polynomial where nobody says it and no data is at hand; `docs/definition.md` says why.
 
     "sqrt_length" is the form of the paper, s^p. "l1" trains best from scratch on the models that were tried: its
     weights stay bounded whatever the scores do. Degrees 1 and 2 take "length", which their linear-cost form needs, and
