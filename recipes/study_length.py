@@ -41,7 +41,11 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "softmax": ("softmax", "--activation softmax", "black"),
     "poly": ("degree 3, defaults", "--activation poly", "#937860"),
     **{
-        name: (f"degree 3, {name}, alpha = 1/spread", f"--activation poly --normalization {name} --alpha 19.53", color)
+        name: (
+            f"degree 3, {name}, alpha = 1/spread",
+            f"--activation poly --normalization {name} --alpha 19.53125",
+            color,
+        )
         for name, color in {
             "length": "#2a6fbb",
             "sqrt_length": "#55a868",

@@ -57,12 +57,12 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "poly": ("degree 3, defaults", "--activation poly", "#2a6fbb"),
     "length-unit": (
         "degree 3, length, alpha = 1/spread",
-        "--activation poly --normalization length --alpha 26.04",
+        "--activation poly --normalization length --alpha 26.0416667",
         "#937860",
     ),
     "l1-unit": (
         "degree 3, l1, alpha = 1/spread",
-        "--activation poly --normalization l1 --alpha 26.04",
+        "--activation poly --normalization l1 --alpha 26.0416667",
         "#55a868",
     ),
     "poly-spread": (

@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "length": ("degree 3, un-normalised (length)", "--activation poly --normalization length", "#8172b2"),
     "length-unit": (
         "degree 3, length, alpha = 1/spread",
-        "--activation poly --normalization length --alpha 39.06",
+        "--activation poly --normalization length --alpha 39.0625",
         "#937860",
     ),
     "poly-spread": (

@@ -55,7 +55,7 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "softmax": ("softmax", "--activation softmax"),
     "poly": ("degree 3, defaults", "--activation poly"),
     "length": ("degree 3, un-normalised (length)", "--activation poly --normalization length"),
-    "length-unit": ("degree 3, length, alpha = 1/spread", "--activation poly --normalization length --alpha 39.06"),
+    "length-unit": ("degree 3, length, alpha = 1/spread", "--activation poly --normalization length --alpha 39.0625"),
     "monomial": ("s^3/sqrt(n) as published", "--activation monomial"),
     "monomial-mean0.5": (
         "s^3/sqrt(n), scores start at mean 1/2, learnable gain",
