@@ -45,7 +45,8 @@ def advice(source: Source, model: PreTrainedModel) -> str:
     changed = [name for name in names if getattr(old, name) != getattr(new, name)]
     now = _numbers(model)
     anew = {key[1] for key, row in now.items() if key not in source.numbers or not row.equal(source.numbers[key])}
-    lines = [f"its source was patched already, {describe(old)}: options that were not named are at their defaults"]
+    kept = " but for the normalization" if new.computes_like(old) else ""
+    lines = [f"its source was patched already, {describe(old)}: options not named are at their defaults{kept}"]
     if changed:
         lines += ["changed: " + ", ".join(f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in changed)]
     if anew:

@@ -143,7 +143,9 @@ def test_patch_calibrates_on_a_text(stock, tmp_path, capsys):
     text.write_text("Polynomials instead of softmax. " * 20)
     assert run(capsys, "patch", stock, "--to", tmp_path / "a", "--calibrate", text)[0] == 0
     assert run(capsys, "patch", stock, "--to", tmp_path / "b")[0] == 0
-    alphas = [AutoModelForCausalLM.from_pretrained(tmp_path / x).transformer.h[0].attn.polyattn.alpha for x in "ab"]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / x) for x in "ab"]
+    assert [model.config.polyattn["normalization"] for model in models] == ["length", "l1"]
+    alphas = [model.transformer.h[0].attn.polyattn.alpha for model in models]
     # one number for all heads without data, one for each head from data
     assert alphas[1].unique().numel() == 1
     assert alphas[0].unique().numel() == 2
@@ -161,6 +163,7 @@ def test_patch_fits_the_coefficients_or_the_gain(stock, tmp_path, capsys):
         code, _, error = run(capsys, "patch", stock, "--to", tmp_path / name, "--calibrate", text, *words)
         assert code == 0, error
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert loaded.config.polyattn["normalization"] == "length"
         return loaded.config.polyattn, loaded.transformer.h[0].attn.polyattn
 
     (_, fitted), (_, sized) = state("a", "--fit", "coefficients"), state("b")
@@ -209,11 +212,12 @@ def test_patch_says_what_the_source_was(stock, tmp_path, capsys):
     assert "trained without QK-norm" in said(stock, "normed", "--activation", "softmax", "--qk-norm")
 
     square = said(tmp_path / "cubic", "square", "--degree", 2)
-    assert "its source was patched already, poly of degree 3: options that were not named are at their" in square
+    assert "its source was patched already, poly of degree 3: options not named are at their defaults\n" in square
     assert "changed: degree 3 -> 2, learn_gain True -> False" in square
     assert "set anew, not taken from the source: alpha, coefficients, gain\ntrain it" in square
     same = said(tmp_path / "cubic", "same", "--degree", 3)
-    assert "changed: learn_gain True -> False\nall its numbers are the source's" in same
+    assert "at their defaults but for the normalization\nchanged: learn_gain True -> False\n" in same
+    assert "all its numbers are the source's" in same
     softmax = said(tmp_path / "cubic", "softmax", "--activation", "softmax")
     assert "changed: activation poly -> softmax" in softmax
     assert "trained for softmax" not in square + same + softmax
@@ -226,7 +230,7 @@ def test_inspect_prints_coverage_settings_and_state(stock, tmp_path, capsys):
     assert code == 0
     for line in (
         "PolyGPT2LMHeadModel",
-        "patched 2 of 2 attention modules",
+        "patched 2 of 2 attention modules (4 of 4 heads), normalization l1",
         "degree: 3",
         "c_3",
         "transformer.h.1.attn",
