@@ -96,7 +96,7 @@ KEY_LINES = [
     r"^text: the standard library of Python #, # byte-level BPE tokens; # blocks of # to train on",
     r"^the cubic: (compiled for this processor|plain torch)",
     r"^softmax softmax: GPT#LMHeadModel as it is, # parameters$",
-    r"^cubic poly: patched # of # attention modules \(# of # heads\), # parameters$",
+    r"^cubic poly: patched # of # attention modules \(# of # heads\), normalization l#, # parameters$",
     r"^softmax step #/# validation loss #$",
     r"^cubic step #/# validation loss #$",
     r"^attention validation loss \(nats/token\) tokens/s peak memory \(MiB\) ‖A‖_F/√N layer # ‖A‖_F/√N layer #$",
