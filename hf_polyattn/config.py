@@ -18,6 +18,9 @@ MAX_DEGREE = 16
 class PolyAttentionConfig:
     """Describes the attention of a patched model. See `docs/definition.md` for the formula.
 
+    Made by hand it has the defaults below, those of "poly"; `patch_model` and the recipes start from those of the
+    activation that they are given.
+
     weight_ij = gain_h * phi(alpha_h * s_ij + beta_h) / Z_i for the keys that row i may attend to, 0 elsewhere.
     """
 
