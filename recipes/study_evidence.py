@@ -272,14 +272,14 @@ def longer_than_trained(folder: Path) -> Finding:
     column = "minus_trained_length"
     rows = [row for row in rows_of(folder / "length.csv") if row[column]]
     longest = max((int(row["length"]) for row in rows), default=0)
-    rises = {name: by_seed(where(rows, attention=name, length=str(longest)), column) for name in ("softmax", "length")}
+    rises = {name: by_seed(where(rows, attention=name, length=str(longest)), column) for name in ("softmax", "poly")}
     results = Results("", "loss", rises, digits=2)
-    paired = results.paired("length")
+    paired = results.paired("poly")
     if not paired:
         return Finding(["no run of the form beside one of softmax"], MISSING)
     seen = [
         f"at {longest} characters the loss is {results.shown(rises['softmax'].values(), '+')} (softmax) and "
-        f"{results.shown(rises['length'].values(), '+')} (degree 3, defaults) from that at the trained length"
+        f"{results.shown(rises['poly'].values(), '+')} (degree 3, defaults) from that at the trained length"
     ]
     return Finding(seen, HOLDS if statistics.mean(paired) <= 0 else FAILS)
 
@@ -369,6 +369,7 @@ CLAIMS: tuple[Claim, ...] = (
             ("monomial", f"s^3/√N trains as well as softmax ({PAPER})."),
             ("monomial-mean0.5", "s^3/√n does, where scores start at mean 1/2 and the gain learns (this project's)."),
             ("poly", "A cubic with learnable coefficients does (this project's default)."),
+            ("length", "It does without normalised rows too (this project's)."),
         )
     ),
     Claim(
