@@ -21,8 +21,8 @@ def run(args: Namespace) -> str:
     # before the model is read, which may take minutes
     _check_calibration(args)
     options = _options(args)
-    settings = {name: value for name, value in options.items() if name != "budget"}
-    resolve_config(args.activation, calibrated=bool(args.calibrate), **settings)
+    asked = {name: value for name, value in options.items() if name != "budget"}
+    resolve_config(args.activation, calibrated=bool(args.calibrate), **asked)
     named = own_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.tokenizer and named is None:
         raise ValueError(f"{args.tokenizer} holds no tokenizer: name the folder or Hub name of one with --tokenizer")
