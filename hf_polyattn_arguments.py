@@ -78,7 +78,7 @@ class AttentionArguments:
     """Where learnable coefficients start, c_0 ... c_p."""
     normalization: str | None = None
     """sqrt_length, length, sum, l1, l2, none, or a number. Empty, of a polynomial with learnable coefficients: l1 from
-    degree 3 on where it is not calibrated, length otherwise."""
+    degree 3 on where it is not calibrated, length otherwise; a polynomial checkpoint keeps its own."""
     alpha: str | None = None
     """Factor of the score: auto or a number."""
     beta: float | None = None

@@ -21,6 +21,9 @@ EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
 
 IMPORT = "name the module that calls it with --import, as in hf-polyattn --import MODULE patch ..."
 
+_CHECKPOINT = "folder or Hub name of a checkpoint"
+_SAVED = "folder of a saved model"
+
 STATUS = """exit status: 0 after success; 1 after an error, which is one line on standard error; 2 for wrong usage;
 130 after Ctrl-C; train ends with what accelerate launch ends with. Reports go to standard output, progress to
 standard error; --json prints a report for programs. hf-polyattn COMMAND --help shows the options of a command.
@@ -52,7 +55,9 @@ def patch(parser: argparse.ArgumentParser) -> None:
     _to(parser, "folder to save the patched model in")
     parser.add_argument("--activation", default="poly", help="poly (default), monomial, softmax, relu or sigmoid")
     normalizations = "sqrt_length, length, sum, l1, l2, none or a number"
-    default = "l1 from degree 3, length with --calibrate"
+    default = (
+        "l1 for learned coefficients from degree 3, else and with --calibrate length; a patched one keeps its own"
+    )
     _polynomial(parser, "3, or what --coefficients gives", f"{normalizations} (default: {default})")
     parser.add_argument(
         "--coefficients", type=float, nargs="+", metavar="C", help="fixed c_0 ... c_p instead of learnable"
@@ -205,17 +210,13 @@ def bench(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
-_CHECKPOINT = "folder or Hub name of a checkpoint"
-_SAVED = "folder of a saved model"
-
-
 def _to(parser: argparse.ArgumentParser, what: str, metavar: str = "OUT") -> None:
     parser.add_argument("--to", required=True, metavar=metavar, help=what)
 
 
-def _polynomial(parser: argparse.ArgumentParser, degree: str, normalizations: str) -> None:
-    parser.add_argument("--degree", type=int, metavar="P", help=f"of the polynomial (default: {degree})")
-    parser.add_argument("--normalization", metavar="Z", help=normalizations)
+def _polynomial(parser: argparse.ArgumentParser, default_degree: str, normalization_help: str) -> None:
+    parser.add_argument("--degree", type=int, metavar="P", help=f"of the polynomial (default: {default_degree})")
+    parser.add_argument("--normalization", metavar="Z", help=normalization_help)
 
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from .config import NORMALIZED, PolyAttentionConfig
+from .config import NORMALIZED, PolyAttentionConfig, default_normalization
 
 Phi = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(scores [B, H, T, S], row lengths [B or 1, H or 1, T, 1]) -> values of the scores' shape."""
@@ -102,10 +102,12 @@ def resolve_config(entry: Activation | str, *, calibrated: bool = False, **optio
         values.setdefault("coefficients", "monomial")
     elif isinstance(values.get("coefficients"), (tuple, list)) and "degree" not in options:
         values["degree"] = len(values["coefficients"]) - 1
-    is_monomial = values.get("coefficients") == "monomial" and entry.is_polynomial
-    if (calibrated or not entry.is_polynomial) and not is_monomial:
-        values.setdefault("normalization", "length")
+    is_named = values.get("normalization", "") != ""
     config = PolyAttentionConfig(**values)
+    if not is_named and entry.is_polynomial:
+        default = default_normalization(config.coefficients, config.degree)
+        linear = "length" if calibrated and config.coefficients != "monomial" else default
+        config = dataclasses.replace(config, normalization=linear)
     _check_fit(entry, config)
     return config
 
@@ -130,14 +132,14 @@ def change_config(config: PolyAttentionConfig, **options: Any) -> PolyAttentionC
 
 
 def with_own_normalization(
-    config: PolyAttentionConfig, own: PolyAttentionConfig, named: Iterable[str], *, linear: bool = False
+    config: PolyAttentionConfig, own: PolyAttentionConfig, named: Mapping[str, Any], *, linear: bool = False
 ) -> PolyAttentionConfig:
     """`config` with the normalization that the same function has in `own` already, where nobody named another.
 
     linear: coefficients will be fitted, which leaves no number that goes with the old normalization: one in which the
     output is not linear in them is not kept.
     """
-    if "normalization" in named or (linear and own.normalization in NORMALIZED):
+    if named.get("normalization") or (linear and own.normalization in NORMALIZED):
         return config
     kept = change_config(config, normalization=own.normalization)
     return kept if kept.computes_like(own) else config

@@ -70,7 +70,9 @@ class PolyAttentionConfig:
             put("normalization", float(self.normalization))
         self._validate()
         if self.normalization == "":
-            put("normalization", default_normalization(self.coefficients, self.degree))
+            # of others, `activations` knows which are polynomials
+            is_poly = self.activation in ("poly", "monomial")
+            put("normalization", default_normalization(self.coefficients, self.degree) if is_poly else "length")
 
     def _validate(self) -> None:
         if not isinstance(self.activation, str) or not self.activation:

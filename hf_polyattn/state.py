@@ -162,11 +162,9 @@ class PolyAttentionState(nn.Module):
         return set(names)
 
     def analytic_alpha(self) -> float:
-        """One over the root of the spread: half way, in logarithms, from the host's scores to scores of spread 1.
+        """One over the root of the spread; under "sqrt_length" over the whole, for the scores `analytic_gain` assumes.
 
-        Every step moves alpha times the score: one over the whole spread, 20 to 40 in a small model, moves it too fast
-        for high learning rates and deep models. Under "sqrt_length" it is one over the whole spread all the same, for
-        the unit Gaussian scores that `analytic_gain` assumes.
+        `docs/definition.md` says why. Calibration puts one over the measured spread in its place.
         """
         return 1 / self.spread if self.config.normalization == "sqrt_length" else self.spread**-0.5
 

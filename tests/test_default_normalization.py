@@ -7,7 +7,16 @@ import pytest
 import torch
 from models import batch_for, output, patched_tiny, tiny
 
-from hf_polyattn import calibrate, choose_heads, coverage, patch_model
+from hf_polyattn import (
+    PolyAttentionConfig,
+    activations,
+    calibrate,
+    choose_heads,
+    coverage,
+    patch_model,
+    register_activation,
+)
+from hf_polyattn.activations import resolve_config
 from hf_polyattn.coefficient_fit import fit_coefficients
 from hf_polyattn.models import read_settings, states
 from hf_polyattn.training.models import replace_attention
@@ -153,3 +162,40 @@ def test_a_recipe_that_fits_coefficients_leaves_what_it_cannot_be_fitted_in():
     model = patch_model(tiny("gpt2"))
     named = AttentionArguments(activation="poly", calibrate_batches=1, calibration_fit="coefficients")
     assert normalization_of(replace_attention(model, named, [batch_for(model)])) == "length"
+
+
+def test_a_recipe_fits_a_polynomial_checkpoint_anew_only_where_batches_are_named():
+    """calibration_fit alone, as a configuration for softmax checkpoints has it, leaves a trained function alone."""
+    words = {"calibration_fit": "coefficients"}
+    for activation in ("poly", None):
+        model = patched_tiny("gpt2", poly={"normalization": "l1"})
+        batch, before = batch_for(model), output(model)
+        kept = replace_attention(model, AttentionArguments(activation=activation, **words), [batch])
+        assert torch.equal(output(kept), before)
+        fitted = replace_attention(
+            model, AttentionArguments(activation=activation, calibrate_batches=1, **words), [batch]
+        )
+        assert normalization_of(fitted) == "length"
+
+
+# of a config
+
+
+def test_an_empty_word_names_none():
+    assert resolve_config("relu", normalization="").normalization == "length"
+    assert resolve_config("poly", normalization="", calibrated=True).normalization == "length"
+    model = patched_tiny("gpt2", poly={"normalization": "length"})
+    assert normalization_of(patch_model(model, normalization="")) == "length"
+
+
+def test_of_a_config_made_by_hand():
+    assert PolyAttentionConfig().normalization == "l1"
+    assert PolyAttentionConfig(degree=2).normalization == "length"
+    assert PolyAttentionConfig(activation="monomial", coefficients="monomial").normalization == "sqrt_length"
+    assert PolyAttentionConfig(activation="relu").normalization == "length"
+
+
+def test_of_a_registered_polynomial(monkeypatch):
+    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
+    register_activation("my cubic", defaults={"degree": 3})
+    assert normalization_of(patch_model(tiny("gpt2"), "my cubic")) == "l1"

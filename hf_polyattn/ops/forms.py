@@ -90,7 +90,8 @@ def _recurrent_refusal(call: Call) -> str | None:
     if reason := _polynomials_only(call):
         return reason
     if call.normalization in UNSUMMABLE:
-        return f'it has no normalization "{call.normalization}": {UNSUMMABLE[call.normalization]}'
+        reason = UNSUMMABLE[call.normalization]
+        return f'it has no normalization "{call.normalization}": {reason} (patch with normalization="length")'
     if call.extras:
         return f"it has no {', '.join(call.extras)}"
     if call.is_empty:

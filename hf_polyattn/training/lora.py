@@ -108,11 +108,14 @@ def check_adapter(folder: Path, model: nn.Module) -> None:
 
 
 def base_of(folder: Path) -> str:
-    """Where the base model of adapters is: what they name, or the folder `base` beside theirs if both have moved."""
+    """Where the base model of adapters is: the folder `base` beside theirs if they name one, else what they name.
+
+    They name it by its path of then: a copy of both must not take a base that was trained anew at the old place.
+    """
     named = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
     was, beside = Path(named), folder.resolve().parent / BASE
-    has_moved = was.is_absolute() and was.name == BASE and not was.is_dir() and beside.is_dir()
-    return str(beside) if has_moved else named
+    is_beside = was.is_absolute() and was.name == BASE and beside.is_dir()
+    return str(beside) if is_beside else named
 
 
 def describe_base(folder: Path, model: PeftModel, source: str | None) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from hf_polyattn_arguments import AttentionArguments, ModelArguments
 
 from ..activations import change_config, get_activation, resolve_config, with_own_normalization
+from ..config import NORMALIZED
 from ..conversion import transfer_attention
 from ..initialization import start_scores
 from ..models import PolyModelMixin, read_settings
@@ -116,13 +117,16 @@ def replace_attention(
     if batches:
         # asked to measure, fixed numbers that nobody named give way
         options = {"alpha": "auto", "gain": "auto", **options}
+    # a checkpoint that goes on with its own function is not fitted anew
+    is_fitted = bool(batches) and args.calibration_fit == "coefficients" and (own is None or args.calibrate_batches)
     if args.activation is None and own is not None:
+        if is_fitted and own.normalization in NORMALIZED:
+            options.setdefault("normalization", "length")
         settings = change_config(own, **options)
     else:
         settings = resolve_config(activation, calibrated=bool(batches), **options)
         if own is not None:
-            linear = bool(batches) and args.calibration_fit == "coefficients"
-            settings = with_own_normalization(settings, own, options, linear=linear)
+            settings = with_own_normalization(settings, own, options, linear=bool(is_fitted))
     if own is not None and settings.computes_like(own) and not args.calibrate_batches:
         # it was trained with the numbers that it has
         settings = change_config(
@@ -134,8 +138,10 @@ def replace_attention(
     teacher = copy.deepcopy(model) if args.transfer_steps and activation != "softmax" else None
     # the random state is that of a softmax twin afterwards, whatever calibration draws
     with torch.random.fork_rng():
-        fitting: dict[str, Any] = {"fit": args.calibration_fit, "target": args.calibration_target}
-        model = patch_model(model, config=settings, calibrate=batches or None, **fitting)
+        fitting: dict[str, Any] = {}
+        if batches:
+            fitting = {"calibrate": batches, "fit": args.calibration_fit, "target": args.calibration_target}
+        model = patch_model(model, config=settings, **fitting)
         if teacher is not None:
             print_once(str(transfer_attention(model, teacher, [_moved(batch, device) for batch in transfer])))
     return model.to(home)  # type: ignore[arg-type]
