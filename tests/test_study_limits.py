@@ -217,7 +217,7 @@ def test_listops_in_short(listops, tmp_path, capsys, monkeypatch):
     words = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "listops.csv")]
     listops.main(words)
     rows = rows_in(tmp_path / "listops.csv")
-    assert [row["attention"] for row in rows] == ["softmax", "poly", "poly-l1"]
+    assert [row["attention"] for row in rows] == ["softmax", "poly"]
     for row in rows:
         thirds = [float(row[f"accuracy_{part}"]) for part in ("shorter", "middle", "longer")]
         # of the same rows, measured by other code
@@ -272,7 +272,7 @@ def test_length_in_short(length, tmp_path, capsys, monkeypatch):
     ]
     assert all(float(row["loss"]) > 0 and row["note"] == "" for row in rows)
     assert all(float(row["minus_trained_length"]) == 0 for row in rows if row["length"] == "256")
-    assert "| degree 3, none |" in capsys.readouterr().out
+    assert "| degree 3, none, alpha = 1/spread |" in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "n.csv").read_text()
     monkeypatch.setattr(length, "run", lambda *args: pytest.fail("a finished run was repeated"))
     length.main(words)
@@ -307,7 +307,9 @@ def test_length_that_diverges_is_a_row_too(length, diverging, tmp_path):
         (n, "", "step 12: the loss is nan") for n in (256, 512)
     ]
     length.append(tmp_path / "n.csv", rows)
-    assert "| degree 3, none | diverged | diverged |  | 1 |" in length.table(rows_in(tmp_path / "n.csv"))
+    assert "| degree 3, none, alpha = 1/spread | diverged | diverged |  | 1 |" in length.table(
+        rows_in(tmp_path / "n.csv")
+    )
 
 
 def test_errors_that_are_no_divergence_are_raised(stability, monkeypatch, tmp_path):

@@ -225,7 +225,7 @@ def test_verdict_of_accuracies(evidence, tmp_path, points, verdict):
 def test_verdict_of_longer_than_trained(evidence, tmp_path, rise, verdict):
     rows = [
         {"attention": name, "seed": "1", "length": length, "minus_trained_length": value * (length > 256)}
-        for name, value in (("softmax", 0.5), ("length", rise), ("none", 9))
+        for name, value in (("softmax", 0.5), ("poly", rise), ("none", 9))
         for length in (256, 1024)
     ]
     write_rows(tmp_path / "length.csv", rows)
