@@ -16,6 +16,7 @@ import csv
 import datetime
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "hf_polyattn": hf_polyattn.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]).split(" --out")[0],
+        "command": shlex.join(["python", *sys.argv]).split(" --out")[0],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for shape in args.shapes:
