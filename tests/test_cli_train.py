@@ -181,7 +181,15 @@ def test_the_real_recipe_trains(tmp_path):
 def stopped(command: list[str], tmp_path, is_time: Callable[[], bool]) -> tuple[int, str]:
     """Exit status and standard error of a command that gets Ctrl-C, as a terminal gives it to all its processes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
+        # a job in a shell's background ignores Ctrl-C, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not is_time():
             assert process.poll() is None, process.communicate()[1]
