@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.diagnostics import weight_norms
 from hf_polyattn.models import states
 from hf_polyattn.training import lora
-from hf_polyattn.training.lora import add_lora, check_adapter, learned_state, load_trained
+from hf_polyattn.training.lora import add_lora, base_of, check_adapter, learned_state, load_trained
 from hf_polyattn.training.losses import IGNORE, labels_in_step, mean_loss, step_loss, token_losses
 from hf_polyattn.training.models import build_model, replace_attention
 from hf_polyattn.training.nonfinite import NonFiniteError
@@ -330,6 +331,16 @@ def test_adapters_train_and_save_the_learned_state(tmp_path, model_type, auto):
     assert coverage(merged).activation == "poly"
     logits, expected = merged.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_and_their_base_stay_together_when_both_are_copied(tmp_path):
+    """The base at the old place may be another by then."""
+    out, copied = tmp_path / "out", tmp_path / "copied"
+    adapted = add_lora(Accelerator(cpu=True), tiny(activation="poly"), LoraArguments(lora_r=2), out / "base")
+    adapted.save_pretrained(out / "last")
+    shutil.copytree(out, copied)
+    assert base_of(out / "last") == str(out / "base")
+    assert base_of(copied / "last") == str(copied / "base")
 
 
 def test_adapter_without_the_learned_state_is_an_error(tmp_path):
