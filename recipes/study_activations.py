@@ -172,6 +172,16 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
         "--activation poly --normalization length --score_spread 1 --alpha 1",
         "softmax-spread",
     ),
+    "poly-spread-l1": (
+        "degree 3, l1, scores start at spread 1",
+        "--activation poly --score_spread 1 --alpha 1",
+        "softmax-spread",
+    ),
+    "affine": ("degree 3, defaults, learnable alpha and beta", "--activation poly --learn_affine true", "softmax"),
+    **{
+        f"degree-{p}-defaults": (f"degree {p}, defaults", f"--activation poly --degree {p}", "softmax")
+        for p in (1, 2, 4)
+    },
     "degree-1": ("degree 1, length, alpha = 1/spread", "--activation poly --degree 1 --alpha 19.53125", "softmax"),
     "degree-2": ("degree 2, length, alpha = 1/spread", "--activation poly --degree 2 --alpha 19.53125", "softmax"),
     "degree-4": (
