@@ -28,10 +28,12 @@ TRANSPOSED = "decode transposed"
 MASKS = ("causal", "full", "padded", "lengths")
 """padded: a quarter of the keys, on the left. lengths: key lengths from S / 2 to S over the batch, S alone at most."""
 DTYPES = ("float32", "bfloat16", "float16")
+CUBIC = (0.5, 0.5, 0.5, 1 / 6)
 PHIS: dict[str, dict[str, Any]] = {
-    "s^2": {"degree": 2},
-    "s^3": {"degree": 3},
-    "coefficients": {"coefficients": (0.5, 0.5, 0.5, 1 / 6)},
+    "s^2": {"degree": 2, "normalization": "length"},
+    "s^3": {"degree": 3, "normalization": "length"},
+    "coefficients": {"coefficients": CUBIC, "normalization": "length"},
+    "coefficients l1": {"coefficients": CUBIC, "normalization": "l1"},
 }
 BASELINE = "softmax sdpa"
 CHECKED_ROWS = 512
@@ -108,7 +110,6 @@ def polynomial(cell: Cell, keep: torch.Tensor | None, phi: str, form: str) -> At
     causal = cell.mask == "causal" and cell.queries > 1
     options: dict[str, Any] = {
         **PHIS[phi],
-        "normalization": "length",
         "is_causal": causal,
         "keep": keep,
         "backend": form,
@@ -181,7 +182,7 @@ def relative_error(
         seen = (torch.arange(cell.length, device=cell.device) <= last)[None, None]
     phi = name.rsplit(" ", 1)[0]
     if phi in PHIS:
-        out_of = polynomial_attention(q, k, v, **PHIS[phi], normalization="length", keep=seen, backend="naive")
+        out_of = polynomial_attention(q, k, v, **PHIS[phi], keep=seen, backend="naive")
         expected = cast(torch.Tensor, out_of)
     else:
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)

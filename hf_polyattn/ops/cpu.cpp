@@ -14,11 +14,20 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------ packing
 
+// Asks for a row some rows ahead: where heads lie side by side, every row is on a page of its own, and no processor
+// foresees it.
+template <class U> INLINE void foresee(const U* x, int64_t row, int i, int count, int width) {
+  constexpr int AHEAD = 8, LINE = 64 / sizeof(U);
+  if (i + AHEAD >= count) return;
+  for (int d = 0; d < width; d += LINE) __builtin_prefetch(x + (i + AHEAD) * row + d);
+}
+
 // rows [count, width] -> the same, `to` elements apart, zeros around them; each row times scale[i] where given
 template <class U, class T> void pack_rows(const U* x, int64_t row, int count, int padded, int width, int to, T* out,
                                            const float* scale = nullptr) {
   for (int i = 0; i < padded; i++, out += to) {
     int filled = i < count ? width : 0;
+    foresee(x, row, i, count, width);
     const U* in = x + i * row;
     if constexpr (std::is_same_v<U, T>) {
       if (!scale) memcpy(out, in, filled * sizeof(T));
@@ -36,6 +45,7 @@ template <class U, class T> void pack_depth(const U* x, int64_t row, int count, 
   if constexpr (PAIR == 1) return pack_rows(x, row, count, padded, width, to, out, scale);
   for (int i = 0; i < padded; i++) {
     T* line = out + (int64_t)(i / PAIR) * to * PAIR + i % PAIR;
+    foresee(x, row, i, count, width);
     int filled = i < count ? width : 0;
     for (int d = 0; d < filled; d++) narrow(line + d * PAIR, widen(x[i * row + d]) * (scale ? scale[i] : 1.0f));
     for (int d = filled; d < to; d++) line[d * PAIR] = T(0);
@@ -48,6 +58,7 @@ template <class U, class T> void pack_panels(const U* x, int64_t row, int count,
   for (int j0 = 0; j0 < padded; j0 += PANEL, out += (int64_t)PANEL * depth) {
     for (int j = 0; j < PANEL; j++) {
       T* lane = out + j * PAIR;
+      foresee(x, row, j0 + j, count, width);
       int filled = j0 + j < count ? width : 0;
       const U* in = x + (j0 + j) * row;
       for (int d = 0; d < filled; d++) narrow(lane + (d / PAIR) * PANEL * PAIR + d % PAIR, widen(in[d]));
@@ -83,10 +94,15 @@ __attribute__((noinline)) void product(const T* a, long row, long step, const T*
 
 // ------------------------------------------------------------------------------------------------------ forward
 
-// weights [STRIP][columns] = phi(scaling * Q K^T), masked
-template <class T, class F>
+// What the divisors of a strip's rows depend on, lane by lane, of one panel more.
+template <Normalization N> INLINE void add_statistics(const vec (&weights)[STRIP][2], vec* sums) {
+  UNROLL for (int i = 0; i < STRIP; i++) sums[i] += statistic(weights[i][0], N) + statistic(weights[i][1], N);
+}
+
+// weights [STRIP][columns] = phi(scaling * Q K^T), masked; sums [STRIP] get their statistics where they are normalized
+template <bool NORMALIZED, class T, class F>
 __attribute__((noinline)) void strip_weights(const T* q, int depth, const T* panels, int columns, float scaling, F phi,
-                                             const int32_t* keep, T* weights) {
+                                             const int32_t* keep, T* weights, Normalization normalization, vec* sums) {
   for (int j = 0; j < columns; j += PANEL) {
     vec acc[STRIP][2];
     UNROLL for (int i = 0; i < STRIP; i++) acc[i][0] = acc[i][1] = vec{};
@@ -96,62 +112,103 @@ __attribute__((noinline)) void strip_weights(const T* q, int depth, const T* pan
       int at = i * FORWARD_KEYS + j + n * LANES;
       if (keep) w = select(*(const unaligned_mask*)(keep + at), w);
       store_weights(weights + at, w);
+      acc[i][n] = w;
+    }
+    if constexpr (NORMALIZED) {
+      if (normalization == L1) add_statistics<L1>(acc, sums);
+      else normalization == SUM ? add_statistics<SUM>(acc, sums) : add_statistics<L2>(acc, sums);
     }
   }
 }
-template <class U, class T, class F> void forward(const Problem& x, Rows out, float* divisors) {
-  const int depth = up(x.D, 2), width = up(x.Dv, LANES), keys = up(x.S, PANEL), group = x.group();
-  auto panels = buffer<T>((int64_t)x.B * x.Hk * keys * depth);
-  auto values = buffer<T>((int64_t)x.B * x.Hk * keys * width);
-  at::parallel_for(0, x.B * x.Hk, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; h++) {
-      int b = h / x.Hk, head = h % x.Hk;
-      pack_panels(x.k.at<U>(b, head, 0), x.k.row, x.S, keys, x.D, depth, &panels[h * keys * depth]);
-      pack_depth(x.v.at<U>(b, head, 0), x.v.row, x.S, keys, x.Dv, width, &values[h * keys * width]);
+
+// Blocks of FORWARD_ROWS queries, with the memory that one thread needs for them.
+template <class U, class T, class F> struct ForwardBlock {
+  const Problem& x;
+  Rows out;
+  float* divisors;
+  const int depth = up(x.D, 2), width = up(x.Dv, LANES);
+  Buffer<T> q = buffer<T>(FORWARD_ROWS * depth), weights = buffer<T>(STRIP * FORWARD_KEYS);
+  Buffer<float> o = buffer<float>(FORWARD_ROWS * width);
+  Buffer<int32_t> keep = buffer<int32_t>(STRIP * FORWARD_KEYS);
+  float total[FORWARD_ROWS];
+  std::vector<Span> spans;
+
+  int64_t keys() const { return up(x.S, PANEL); }
+  int64_t panels_size() const { return keys() * depth; }
+  int64_t values_size() const { return keys() * width; }
+
+  void pack(int b, int head, T* panels, T* values) const {
+    pack_panels(x.k.at<U>(b, head, 0), x.k.row, x.S, keys(), x.D, depth, panels);
+    pack_depth(x.v.at<U>(b, head, 0), x.v.row, x.S, keys(), x.Dv, width, values);
+  }
+
+  // panels, values: what `pack` made of the keys and values of h's group
+  void attend(int b, int h, int i0, const T* panels, const T* values) {
+    int rows = std::min(FORWARD_ROWS, x.T - i0), padded = up(rows, STRIP);
+    F phi = x.phi<F>(h);
+    float gain = x.gain_of(h);
+    pack_rows(x.q.at<U>(b, h, i0), x.q.row, rows, padded, x.D, depth, q.get());
+    std::fill(o.get(), o.get() + padded * width, 0.0f);
+    std::fill(total, total + padded, 0.0f);
+    x.masks.spans(b, h, i0, i0 + rows, 0, x.S, FORWARD_KEYS, spans);
+    for (const Span& span : spans) {
+      for (int s = 0; s < rows; s += STRIP) {
+        int first = i0 + s, last = std::min(i0 + rows, first + STRIP);
+        int j0 = std::max(span.first, x.masks.low(first) / PANEL * PANEL);
+        int j1 = std::min(span.last, x.masks.high(b, last - 1));
+        if (j0 >= j1) continue;
+        int columns = up(j1 - j0, PANEL);
+        bool masked = span.partial || !x.masks.full(b, first, last, j0, j0 + columns);
+        if (masked) x.masks.write(b, h, first, last, j0, columns, span.partial, keep.get(), FORWARD_KEYS);
+        auto weigh = [&](auto normalized) {
+          vec sums[STRIP]{};
+          strip_weights<normalized>(&q[s * depth], depth, panels + (int64_t)j0 * depth, columns, x.scaling, phi,
+                                    masked ? keep.get() : nullptr, weights.get(), x.normalization, sums);
+          for (int i = first; normalized && i < last; i++) total[i - i0] += add_lanes(sums[i - first]);
+        };
+        x.normalized() ? weigh(std::true_type()) : weigh(std::false_type());
+        product(weights.get(), FORWARD_KEYS, 1, values + (int64_t)j0 * width, width, &o[s * width], width, STRIP, columns);
+      }
     }
+    for (int i = 0; i < rows; i++) {
+      float z = x.divisor(b, h, i0 + i, total[i]);
+      divisors[((int64_t)b * x.H + h) * x.T + i0 + i] = z;
+      U* to = out.at<U>(b, h, i0 + i);
+      for (int d = 0; d < x.Dv; d++) narrow(to + d, o[i * width + d] * (gain / z));
+    }
+  }
+};
+
+template <class U, class T, class F> void forward(const Problem& x, Rows out, float* divisors) {
+  const int group = x.group(), blocks = (x.T + FORWARD_ROWS - 1) / FORWARD_ROWS;
+  const int64_t heads = (int64_t)x.B * x.Hk, threads = at::get_num_threads();
+  if (threads == 1 || heads >= 4 * threads) {
+    // one thread does a head from end to end: what it packs stays in its cache, and takes the memory of one head
+    share(heads, threads, [&](auto next) {
+      ForwardBlock<U, T, F> block{x, out, divisors};
+      auto panels = buffer<T>(block.panels_size()), values = buffer<T>(block.values_size());
+      for (int64_t item; (item = next()) < heads;) {
+        int b = item / x.Hk, head = item % x.Hk;
+        block.pack(b, head, panels.get(), values.get());
+        for (int h = head * group; h < (head + 1) * group; h++)
+          for (int i0 = 0; i0 < x.T; i0 += FORWARD_ROWS) block.attend(b, h, i0, panels.get(), values.get());
+      }
+    });
+    return;
+  }
+  const ForwardBlock<U, T, F> packing{x, out, divisors};
+  const int64_t per_panels = packing.panels_size(), per_values = packing.values_size();
+  auto panels = buffer<T>(heads * per_panels), values = buffer<T>(heads * per_values);
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; h++) packing.pack(h / x.Hk, h % x.Hk, &panels[h * per_panels], &values[h * per_values]);
   });
-  const int blocks = (x.T + FORWARD_ROWS - 1) / FORWARD_ROWS;
-  share((int64_t)x.B * x.H * blocks, at::get_num_threads(), [&](auto next) {
-    auto q = buffer<T>(FORWARD_ROWS * depth), weights = buffer<T>(STRIP * FORWARD_KEYS);
-    auto o = buffer<float>(FORWARD_ROWS * width);
-    auto keep = buffer<int32_t>(STRIP * FORWARD_KEYS);
-    float total[FORWARD_ROWS];
-    std::vector<Span> spans;
+  share((int64_t)x.B * x.H * blocks, threads, [&](auto next) {
+    ForwardBlock<U, T, F> block{x, out, divisors};
     for (int64_t item; (item = next()) < (int64_t)x.B * x.H * blocks;) {
       // the last rows first: under a causal mask they are the longest
       int h = item % x.H, b = item / x.H % x.B, i0 = (blocks - 1 - item / x.H / x.B) * FORWARD_ROWS;
-      int rows = std::min(FORWARD_ROWS, x.T - i0), padded = up(rows, STRIP);
       int64_t shared = (int64_t)b * x.Hk + h / group;
-      F phi = x.phi<F>(h);
-      float gain = x.gain_of(h);
-      pack_rows(x.q.at<U>(b, h, i0), x.q.row, rows, padded, x.D, depth, q.get());
-      std::fill(o.get(), o.get() + padded * width, 0.0f);
-      std::fill(total, total + padded, 0.0f);
-      x.masks.spans(b, h, i0, i0 + rows, 0, x.S, FORWARD_KEYS, spans);
-      for (const Span& span : spans) {
-        for (int s = 0; s < rows; s += STRIP) {
-          int first = i0 + s, last = std::min(i0 + rows, first + STRIP);
-          int j0 = std::max(span.first, x.masks.low(first) / PANEL * PANEL);
-          int j1 = std::min(span.last, x.masks.high(b, last - 1));
-          if (j0 >= j1) continue;
-          int columns = up(j1 - j0, PANEL);
-          bool masked = span.partial || !x.masks.full(b, first, last, j0, j0 + columns);
-          if (masked) x.masks.write(b, h, first, last, j0, columns, span.partial, keep.get(), FORWARD_KEYS);
-          strip_weights(&q[s * depth], depth, &panels[(shared * keys + j0) * depth], columns, x.scaling, phi,
-                        masked ? keep.get() : nullptr, weights.get());
-          if (x.normalized())
-            for (int i = first; i < last; i++)
-              total[i - i0] += statistic(&weights[(i - first) * FORWARD_KEYS], columns, x.normalization);
-          product(weights.get(), FORWARD_KEYS, 1, &values[(shared * keys + j0) * width], width, &o[s * width], width,
-                  STRIP, columns);
-        }
-      }
-      for (int i = 0; i < rows; i++) {
-        float z = x.divisor(b, h, i0 + i, total[i]);
-        divisors[((int64_t)b * x.H + h) * x.T + i0 + i] = z;
-        U* to = out.at<U>(b, h, i0 + i);
-        for (int d = 0; d < x.Dv; d++) narrow(to + d, o[i * width + d] * (gain / z));
-      }
+      block.attend(b, h, i0, &panels[shared * per_panels], &values[shared * per_values]);
     }
   });
 }
@@ -187,8 +244,14 @@ __attribute__((noinline)) void strip_gradients(const T* q, int depth, const T* k
   for (int j = 0; j < columns; j += PANEL) {
     vec s[HALF][2], dw[HALF][2];
     UNROLL for (int i = 0; i < HALF; i++) UNROLL for (int n = 0; n < 2; n++) s[i][n] = dw[i][n] = vec{};
-    multiply<HALF, 2>(s, q, depth, 1, key_panels + (int64_t)j * depth, PANEL, depth / PAIR);
-    multiply<HALF, 2>(dw, g, value_depth, 1, value_panels + (int64_t)j * value_depth, PANEL, value_depth / PAIR);
+    const T *keys = key_panels + (int64_t)j * depth, *values = value_panels + (int64_t)j * value_depth;
+    bool both = false;
+    if constexpr (HALF * 2 < 8 && PAIR == 1)
+      if ((both = depth == value_depth)) multiply_both<HALF, 2>(s, q, keys, dw, g, values, depth, PANEL, depth);
+    if (!both) {
+      multiply<HALF, 2>(s, q, depth, 1, keys, PANEL, depth / PAIR);
+      multiply<HALF, 2>(dw, g, value_depth, 1, values, PANEL, value_depth / PAIR);
+    }
     UNROLL for (int i = 0; i < HALF; i++) UNROLL for (int n = 0; n < 2; n++) {
       vec score = s[i][n] * x.scaling, slope, grad = dw[i][n];
       mask_vec kept{};
@@ -201,7 +264,7 @@ __attribute__((noinline)) void strip_gradients(const T* q, int depth, const T* k
       if constexpr (NORMALIZED) {
         vec p = broadcast(pull[i]);
         if (x.normalization == SUM) grad -= p;
-        else if (x.normalization == L1) grad -= (vec)((mask_vec)p & (w != 0)) * (vec)(((mask_vec)w & INT32_MIN) | (mask_vec)broadcast(1.0f));
+        else if (x.normalization == L1) grad -= (vec)(((mask_vec)p ^ ((mask_vec)w & INT32_MIN)) & (w != 0));
         else grad -= p * w;
       }
       if (keep) w = select(kept, w), grad = select(kept, grad);
@@ -272,6 +335,7 @@ template <class U, class T, class F> void backward(const Problem& x, const Gradi
           if (!x.normalized()) continue;
           const U *grad = to.out_grad.at<U>(b, h, i), *out = to.out.at<U>(b, h, i);
           float along = 0;
+#pragma omp simd reduction(+ : along)
           for (int d = 0; d < x.Dv; d++) along += widen(grad[d]) * widen(out[d]);
           pull[i] = along / (x.normalization == L2 ? z * z : z);
         }

@@ -105,6 +105,16 @@ INLINE void multiply(vec (&acc)[R][N], const float* a, long row, long step, cons
   }
 }
 
+// Two products of a few rows side by side: one alone has too few sums under way to hide how long an addition takes.
+template <int R, int N>
+INLINE void multiply_both(vec (&acc)[R][N], const float* a, const float* b, vec (&other)[R][N], const float* c,
+                          const float* d, long row, long width, int depth) {
+  for (int k = 0; k < depth; k++) {
+    multiply<R, N>(acc, a + k, row, 1, b + k * width, width, 1);
+    multiply<R, N>(other, c + k, row, 1, d + k * width, width, 1);
+  }
+}
+
 INLINE void store_weights(float* x, vec v) { store(x, v); }
 
 #ifdef __AVX512BF16__
@@ -337,12 +347,13 @@ template <class F> void share(int64_t items, int64_t threads, const F& work) {
 INLINE vec statistic(vec w, Normalization normalization) {
   return normalization == SUM ? w : normalization == L1 ? (vec)((mask_vec)w & INT32_MAX) : w * w;
 }
-template <class T> float statistic(const T* weights, int columns, Normalization normalization) {
-  float total = 0;
-  for (int j = 0; j < columns; j++) {
-    float w = widen(weights[j]);
-    total += normalization == SUM ? w : normalization == L1 ? std::abs(w) : w * w;
-  }
+// In vectors: a compiler may not change the order of a sum by itself.
+INLINE float statistic(const float* weights, int columns, Normalization normalization) {
+  vec some{};
+  int j = 0;
+  for (; j + LANES <= columns; j += LANES) some += statistic(load(weights + j), normalization);
+  float total = add_lanes(some);
+  for (; j < columns; j++) total += statistic(broadcast(weights[j]), normalization)[0];
   return total;
 }
 
