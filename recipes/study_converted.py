@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,25 @@ def rows_of_folder(folder: Path) -> list[Row]:
     ]
 
 
+def own_settings(settings: str, others: Sequence[str]) -> str:
+    """Those of the settings that some of the others has not, or not so."""
+    pairs = [_pairs(other) for other in others]
+    mine = {name: value for name, value in _pairs(settings).items() if any(o.get(name) != value for o in pairs)}
+    return ", ".join(" ".join(filter(None, (*name, value))) for name, value in mine.items())
+
+
+def _pairs(settings: str) -> dict[tuple[str, str], str]:
+    """(stage or "", name) -> value, of what `settings_of` made; a stage itself is there without a name."""
+    found = {}
+    for kind, *words in (part.split() for part in settings.split("; ")):
+        if kind not in STAGES:
+            found["", kind] = " ".join(words)
+            continue
+        found[kind, ""] = ""
+        found |= {(kind, name): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    return found
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: one line a stage."""
     groups = dict.fromkeys((r["checkpoint"], r["metric"], r["attention"], r["settings"], r["stage"]) for r in rows)
@@ -106,9 +125,9 @@ def table(rows: list[Row]) -> str:
             last = [row["stage"] for row in one if row["stage"] != TUNED][-1]
             tuned = by_seed(where(one, stage=TUNED), "value") if stage == last else {}
             difference = mean_of(paired(mine, tuned), sign="+")
-            # settings only where there are several of them
             others = [s for c, a, s in conversions if (c, a) == (checkpoint, attention) and s != settings]
-            label = f"{attention} ({settings})" if others else attention
+            own = own_settings(settings, others)
+            label = f"{attention} ({own})" if own else attention
             name = TEACHER if stage == SOFTMAX else stage
             yield [f"{checkpoint}, {metric}", label, name, mean_and_spread(mine.values()), difference, len(mine)]
 
