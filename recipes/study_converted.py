@@ -9,7 +9,9 @@ each model and metric, the fine-tuned softmax model beside it, and the differenc
 import argparse
 import dataclasses
 import json
+import math
 import shlex
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,10 +131,14 @@ def table(rows: list[Row]) -> str:
             own = own_settings(settings, others)
             label = f"{attention} ({own})" if own else attention
             name = TEACHER if stage == SOFTMAX else stage
-            yield [f"{checkpoint}, {metric}", label, name, mean_and_spread(mine.values()), difference, len(mine)]
+            # of perplexities: the mean of exp(difference), a difference of losses being that of their logarithms
+            lost = paired(mine, by_seed(where(one, stage=SOFTMAX), "value")) if metric == "loss" else []
+            ratio = f"{statistics.fmean(map(math.exp, lost)):.3f}" if lost and stage != SOFTMAX else ""
+            of = f"{checkpoint}, {metric}"
+            yield [of, label, name, mean_and_spread(mine.values()), ratio, difference, len(mine)]
 
-    difference = "minus fine-tuned softmax, same seeds"
-    return markdown(["checkpoint, metric", "attention", "stage", "value", difference, "seeds"], lines())
+    header = ["checkpoint, metric", "attention", "stage", "value", "perplexity, times the teacher's"]
+    return markdown([*header, "minus fine-tuned softmax, same seeds", "seeds"], lines())
 
 
 def main(argv: list[str] | None = None) -> None:
