@@ -18,7 +18,7 @@ UPLOADED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
     *("preprocessor_config.json", "processor_config.json", CARD, "LICENSE*", "results*.json", "*.png"),
 )
-"""What belongs to a model. Anything else in its folder, such as an optimizer's state, stays on this machine."""
+"""What belongs to a model. Anything else in its folder, an optimizer's state or folders in it, stays where it is."""
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", FILE)
 """Of an earlier push these go: a loader would prefer one old file to the shards of the new model."""
 
@@ -71,6 +71,8 @@ def push(
             revision=revision,
             create_pr=create_pr,
             allow_patterns=list(UPLOADED),
+            # a * matches across folders, and checkpoints of a run lie in some
+            ignore_patterns=["*/*"],
             delete_patterns=list(_REPLACED),
         )
     except (HTTPError, RuntimeError) as error:

@@ -58,6 +58,9 @@ def publish(folder: Path) -> dict:
     run("card", second, "--name", "user/second", "--license", "mit")
     # what must stay at home
     (folder / "first" / "optimizer.bin").write_bytes(b"0" * 100)
+    (folder / "first" / "checkpoint-5").mkdir()
+    for name in ("model.safetensors", "config.json", "losses.png"):
+        (folder / "first" / "checkpoint-5" / name).write_bytes(b"0" * 100)
     (folder / "first" / ".env").write_text(f"HF_TOKEN={os.environ['HF_TOKEN']}")
 
     control(cut_uploads=2)
