@@ -115,8 +115,11 @@ def describe_kernel() -> str:
 def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None, seed: int = 0) -> Path:
     """Trains, compares, saves, reloads and draws; returns the folder of the saved polynomial model.
 
+    out: new, empty, or what an earlier demo wrote, which goes.
+
     Raises:
         ValueError: for a number of steps that leaves nothing to measure.
+        FileExistsError: when `out` holds anything else.
         DemoError: when a process fails, reloaded logits differ, or a process without the plugin loads the model.
     """
     start = time.perf_counter()
@@ -126,10 +129,10 @@ def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None
         raise ValueError(f"steps must be >= 2, got {steps}")
     folder = Path(out)
     data = folder / "data"
+    earlier = (data / "cubic.json").is_file()
+    if not earlier and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{out} is not empty and holds no earlier demo: give --out a new folder")
     data.mkdir(parents=True, exist_ok=True)
-    print(prepare_data(data, size, seed))
-    print(describe_kernel())
-
     jobs = {
         name: Job(
             name=name,
@@ -147,7 +150,10 @@ def run_demo(out: str = "demo", *, quick: bool = False, steps: int | None = None
         )
         for name, degree in (("softmax", 0), ("cubic", 3))
     }
+    # first, for by them the next demo knows that the rest may go, should this one be stopped
     files = {name: write_job(job, data / f"{name}.json") for name, job in jobs.items()}
+    print(prepare_data(data, size, seed))
+    print(describe_kernel())
     records = train_side_by_side(files, data, steps)
     timed = steps >= TIMED_STEPS
     print("\n" + results_table(records, timed))

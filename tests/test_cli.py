@@ -417,6 +417,25 @@ def test_patched_folder_without_tokenizer_and_without_architectures(stock, tmp_p
     assert "names no architectures" in error
 
 
+def test_demo_touches_no_folder_of_anybody_else(monkeypatch, tmp_path, capsys):
+    mine = tmp_path / "data" / "train" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("not to be had again")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, error = run(capsys, "demo", "--quick", "--out", tmp_path)
+    assert code == 1
+    assert f"{tmp_path} is not empty and holds no earlier demo: give --out a new folder" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+    def stop(*unused):
+        raise KeyboardInterrupt
+
+    # a demo that was stopped may be started again
+    monkeypatch.setattr(demo, "prepare_data", stop)
+    for _ in range(2):
+        assert run(capsys, "demo", "--quick", "--out", tmp_path / "demo")[0] == 130
+
+
 def test_demo_reports_a_process_that_fails(tmp_path):
     job = tmp_path / "job.json"
     job.write_text("{}")
