@@ -234,7 +234,7 @@ def store(name: str, tensor: torch.Tensor, values: torch.Tensor, *, allow_zero: 
     stored = values.to(tensor)
     if not (torch.isfinite(stored) & ((stored != 0) | allow_zero)).all():
         raise ValueError(
-            f"{name} would need values of {format_span(values)}, which {tensor.dtype} cannot hold: "
+            f"{name} would need values of {format_span(values.flatten())}, which {tensor.dtype} cannot hold: "
             "calibrate in float32 or on batches of real inputs"
         )
     tensor.copy_(stored)

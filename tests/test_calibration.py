@@ -20,6 +20,7 @@ from hf_polyattn.activations import frobenius_gain
 from hf_polyattn.attention import polyattn_attention
 from hf_polyattn.calibration import GainObserver
 from hf_polyattn.models import states
+from hf_polyattn.observing import store
 
 FAMILIES = [("gpt2", AutoModelForCausalLM), ("llama", AutoModelForCausalLM), ("bert", AutoModelForMaskedLM)]
 CROSS = [("gpt2-cross", AutoModel), ("bert-cross", AutoModel)]
@@ -339,6 +340,12 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused():
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn would need .* torch.float16 cannot hold"):
         calibrate_gain(model, [batch_for(model)])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_refused_coefficients_of_equal_heads_are_told(heads):
+    with pytest.raises(ValueError, match=r"attn would need values of 5e\+04 \(1 to 1e\+05\), which torch\.float16"):
+        store("attn", torch.zeros(heads, 2).half(), torch.tensor([[1.0, 1e5]]).expand(heads, 2))
 
 
 def test_a_failure_in_the_middle_changes_nothing(monkeypatch):
