@@ -231,13 +231,19 @@ def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor | None:
 
 def store(name: str, tensor: torch.Tensor, values: torch.Tensor, *, allow_zero: bool = False) -> None:
     """Copies measured values into a tensor of a state; ValueError where its dtype cannot hold them."""
-    stored = values.to(tensor)
+    remedy = "calibrate in float32 or on batches of real inputs"
+    tensor.copy_(as_stored(name, tensor, values, remedy, allow_zero=allow_zero))
+
+
+def as_stored(
+    name: str, like: torch.Tensor, values: torch.Tensor, remedy: str, *, allow_zero: bool = False
+) -> torch.Tensor:
+    """`values` in dtype and on the device of `like`; ValueError, with the remedy, where the dtype cannot hold them."""
+    stored = values.to(like)
     if not (torch.isfinite(stored) & ((stored != 0) | allow_zero)).all():
-        raise ValueError(
-            f"{name} would need values of {format_span(values.flatten())}, which {tensor.dtype} cannot hold: "
-            "calibrate in float32 or on batches of real inputs"
-        )
-    tensor.copy_(stored)
+        span = format_span(values.flatten())
+        raise ValueError(f"{name} would need values of {span}, which {like.dtype} cannot hold: {remedy}")
+    return stored
 
 
 def check_scores(name: str, squares: torch.Tensor) -> None:

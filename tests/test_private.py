@@ -296,6 +296,7 @@ def test_denominator_is_measured_on_rows_that_are_no_padding(caplog):
         (lambda: encoder(), {"batches": []}, "no batches"),
         (lambda: encoder(), {"length": 0}, "number of tokens"),
         (lambda: encoder(normalization=7), {"length": 9}, "already"),
+        (lambda: encoder(degree=3, alpha=1e4).half(), {"length": 9}, r"torch\.float16 cannot hold: .*model\.float"),
     ],
 )
 def test_what_cannot_be_private_says_why_and_stays(make, options, message):

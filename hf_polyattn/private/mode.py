@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..activations import change_config
 from ..models import states
-from ..observing import Observer, Seen, as_batches, observing, run, store
+from ..observing import Observer, Seen, as_batches, as_stored, observing, run
 from ..patchable import unwrap
 from ..patching import apply_patch, say
 from ..state import PolyAttentionState
@@ -51,7 +51,8 @@ def make_private(
     Returns:
         the same object.
     Raises:
-        ValueError: for a model that cannot be private, with the remedy, and where Z cannot be told.
+        ValueError: for a model that cannot be private, with the remedy, where Z cannot be told, and for coefficients
+            that the model's dtype cannot hold; the model is what it was then.
     """
     base = unwrap(model)
     settings = check_polynomial(base)
@@ -65,7 +66,12 @@ def make_private(
         constant, span = _constant(base, batches, length)
     elif batches is not None or length is not None:
         raise ValueError(f"the denominator is {constant!r} already: leave batches and length out")
-    coefficients = {name: fold(state) for name, state in states(base).items()}
+    remedy = "call model.float() first"
+    # before anything changes
+    coefficients = {
+        name: as_stored(name, state.alpha, fold(state), remedy, allow_zero=True)
+        for name, state in states(base).items()
+    }
     plain = {"alpha": 1.0, "beta": 0.0, "gain": 1.0, "learn_gain": False, "learn_affine": False}
     changes = {**plain, "activation": "poly", "coefficients": "learnable", "normalization": constant}
     apply_patch(base, change_config(settings, **changes))
@@ -73,7 +79,7 @@ def make_private(
         for name, state in states(base).items():
             # the patch has kept what it took for the same function's
             state.reset_parameters()
-            store(name, state.coefficients, coefficients[name], allow_zero=True)
+            state.coefficients.copy_(coefficients[name])
     shown = constant if isinstance(constant, str) else f"{constant:.6g}"
     say(f"private: degree {settings.degree}, denominator {shown}{span}; alpha, beta and gain are in the coefficients")
     return model
