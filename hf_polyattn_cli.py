@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_polyattn_scripts import exit_status
+from hf_polyattn_scripts import ExpectedError, exit_status
 
-EXPECTED = (ValueError, OSError, OverflowError, RuntimeError)
+EXPECTED = (ValueError, OSError, OverflowError, ExpectedError)
 """Errors that carry a message for the user; shown as one line unless --debug asks for the traceback."""
 
 IMPORT = "name the module that calls it with --import, as in hf-polyattn --import MODULE patch ..."

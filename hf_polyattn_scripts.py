@@ -19,7 +19,11 @@ DEBUG = "HF_POLYATTN_DEBUG"
 """Set in the environment, it shows the traceback of an error that would be one line."""
 
 
-class TrainingStoppedError(RuntimeError):
+class ExpectedError(RuntimeError):
+    """Carries a message for the user, which scripts show as one line; other RuntimeErrors are bugs."""
+
+
+class TrainingStoppedError(ExpectedError):
     """Training cannot go on, for its rates or its data; the message says where it stopped and what may help."""
 
 
@@ -48,7 +52,7 @@ def answer_interrupts() -> None:
 def exit_status(
     program: str,
     work: Callable[[], Any],
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, TrainingStoppedError),
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ExpectedError),
     debug: bool = False,
 ) -> int:
     """Exit status of a script that does `work`: 0, 1 after an error of the user's, 130 after Ctrl-C.

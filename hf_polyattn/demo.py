@@ -25,6 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hf_polyattn_scripts import ExpectedError
+
 from .demo_worker import Job, write_job
 from .ops import cpu
 from .tables import format_table
@@ -91,7 +93,7 @@ QUICK = Size(
 )
 
 
-class DemoError(RuntimeError):
+class DemoError(ExpectedError):
     """A step of the demo failed, or showed something that must not be."""
 
 

@@ -13,9 +13,15 @@ import torch
 import transformers
 from packaging.version import Version
 
+from hf_polyattn_scripts import ExpectedError
+
 from ._version import __version__
 
 logger = logging.getLogger(__name__)
+
+
+class VersionError(ExpectedError, ImportError):
+    """This package does not work with what is installed; the message holds the command that installs what it does."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,14 @@ def check_versions(found: Mapping[str, str] | None = None) -> None:
     Args:
         found: package -> version; those of this process by default.
     Raises:
-        ImportError: for a version outside the range, with the command that installs one inside.
+        VersionError: for a version outside the range, with the command that installs one inside.
     """
     for name, version in (found or {"transformers": transformers.__version__, "torch": torch.__version__}).items():
         allowed = SUPPORTED[name]
         # 5.23.0.dev0 is as good as 5.23.0, and 2.13.0+cpu as 2.13.0
         base = Version(Version(version).base_version)
         if not Version(allowed.oldest) <= base < Version(allowed.below):
-            raise ImportError(
+            raise VersionError(
                 f"{name} {version} is outside the range that this version of hf_polyattn works with: "
                 f'pip install "{name}{allowed.specifier}", or upgrade hf_polyattn'
             )

@@ -15,7 +15,7 @@ from cli_runs import run
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import hf_polyattn
-from hf_polyattn import demo
+from hf_polyattn import demo, versions
 from hf_polyattn.commands import demo as demo_command
 from hf_polyattn.commands import patch
 from hf_polyattn.diagnostics import weight_norms
@@ -384,6 +384,21 @@ def test_a_module_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
         assert f"--import {name}: there is no such module here or in the environment{hint}\n" in error
     with pytest.raises(ModuleNotFoundError, match="not_installed"):
         main(["--import", "broken", "doctor"])
+
+
+def test_versions_that_cannot_work_are_one_line_and_bugs_keep_their_traceback(stock, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(versions.SUPPORTED, "torch", versions.Range("99", "100", tested="99"))
+    code, _, error = run(capsys, "patch", stock, "--to", tmp_path / "out")
+    assert code == 1
+    assert 'pip install "torch>=99,<100"' in error
+    assert error.count("\n") == 1
+
+    def fail(args):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(patch, "run", fail)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        main(["patch", str(stock), "--to", str(tmp_path / "out")])
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -14,6 +14,7 @@ import hf_polyattn_scripts as scripts
 from hf_polyattn.config import PolyAttentionConfig
 from hf_polyattn.steps import DivergedError
 from hf_polyattn.training.nonfinite import NonFiniteError
+from hf_polyattn.versions import VersionError
 from hf_polyattn_parsing import as_yaml, parse_arguments
 
 GROUPS = (
@@ -186,6 +187,7 @@ def raiser(error):
         (ValueError(), "ValueError"),
         (NonFiniteError("loss nan in step 3"), "loss nan in step 3"),
         (DivergedError("loss nan in step 3"), "loss nan in step 3"),
+        (VersionError("torch 3 is outside the range"), "torch 3 is outside the range"),
     ],
 )
 def test_a_script_answers_a_mistake_with_one_line(error, line, monkeypatch, capsys):

@@ -19,6 +19,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_polyattn_scripts import ExpectedError
+
 from .lora import check_adapter, describe_base
 
 POSITION = "position.json"
@@ -119,18 +121,18 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
 
     accelerate reads with weights_only=True, so that these files cannot run code. The shards of FSDP and DeepSpeed are
     pickles beyond our control: resume only runs of your own under those.
-    Raises RuntimeError when the number of processes changed or a random state did not come back.
+    Raises ExpectedError when the number of processes changed or a random state did not come back.
     """
     digests = read_position(folder)["random_states"]
     if len(digests) != accelerator.num_processes:
-        raise RuntimeError(
+        raise ExpectedError(
             f"{folder} was written by {len(digests)} processes and cannot continue exactly on "
             f"{accelerator.num_processes}: use {len(digests)}, or start a new run with --model {folder}"
         )
     accelerator.load_state(str(folder / "state"))
     # accelerate only logs when it fails to restore random states, and dropout would silently differ
     if random_state_digest() != digests[accelerator.process_index]:
-        raise RuntimeError(
+        raise ExpectedError(
             f"the random state in {folder / 'state'} could not be restored: was it copied incompletely?"
         )
 

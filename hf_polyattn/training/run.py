@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_polyattn_arguments import OptimizationArguments, RunArguments
 from hf_polyattn_parsing import Group, as_yaml
-from hf_polyattn_scripts import when_interrupted
+from hf_polyattn_scripts import ExpectedError, when_interrupted
 
 from .. import versions
 from ..figures import copy_beside, draw_losses
@@ -76,7 +76,7 @@ def start_accelerator(optimization: OptimizationArguments, args: RunArguments) -
     processes = accelerator.num_processes
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) != processes:
         # happens with a multi-GPU configuration on a machine without GPUs: every process would train alone
-        raise RuntimeError(
+        raise ExpectedError(
             f"{launched} processes were launched and accelerate joined {processes}: choose an accelerate "
             "configuration for this machine, or set ACCELERATE_USE_CPU=true with torchrun"
         )
