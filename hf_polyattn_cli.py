@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module("argcomplete").autocomplete(parser)
     words = list(sys.argv[1:] if argv is None else argv)
     # argparse takes what stands behind -- for positional arguments, each Python version after its own fashion
-    cut = words.index("--") if words[:1] == ["convert"] and "--" in words else len(words)
+    cut = words.index("--") if command_of(words) == "convert" and "--" in words else len(words)
     args, rest = parser.parse_known_args(words[:cut])
     if rest:
         line = f"unrecognized arguments: {shlex.join(rest)}"
@@ -285,6 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(line)
     args.words = getattr(args, "words", words[cut + 1 :])
     return exit_status(f"hf-polyattn {args.command}", lambda: run(args), EXPECTED, args.debug)
+
+
+def command_of(words: Sequence[str]) -> str | None:
+    """The command among the words of a command line: the first one that no option in front of it takes."""
+    front = iter(words)
+    for word in front:
+        if len(word) > 2 and "--import".startswith(word):
+            next(front, None)
+        elif not word.startswith("-"):
+            return word
+    return None
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import pytest
 from cli_runs import TEXT, run, save, write
 from transformers import AutoModelForCausalLM
 
+import hf_polyattn_cli
 from hf_polyattn.models import PolyModelMixin
 
 FAST = ("--", "--block_size", 16, "--batch_size", 4, "--validation_batches", 2, "--calibrate.batches", 2)
@@ -55,6 +56,16 @@ def test_a_configuration_and_fields_stand_behind_two_dashes(source, tmp_path, ca
     code, out, err = run(capsys, "convert", model, "--to", tmp_path / "out", "--text", text, *words)
     assert code == 0, err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.polyattn["degree"] == 4
+
+
+@pytest.mark.parametrize("front", [[], ["--debug"], ["--import", "json"], ["--imp", "convert", "--import=json"]])
+def test_options_stand_before_the_command_and_fields_behind_two_dashes(front, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hf_polyattn_cli, "run", seen.append)
+    assert hf_polyattn_cli.main([*front, "convert", "gpt2", "--to", "out", "--", "--transfer.steps", "100"]) == 0
+    assert seen[0].words == ["--transfer.steps", "100"]
+    assert hf_polyattn_cli.main([*front, "train", "convert", "--", "--batch_size", "4"]) == 0
+    assert seen[1].words[-2:] == ["--batch_size", "4"]
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
