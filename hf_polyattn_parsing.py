@@ -75,7 +75,10 @@ def parse_arguments(
         for name in values:
             if name not in known:
                 parser.error(_unknown(f"{path}: unknown key {name!r}", name, known))
-    argv = [_plain_number(word) for word in _fold_dotted(argv, values)]
+    try:
+        argv = [_plain_number(word) for word in _fold_dotted(argv, values)]
+    except ValueError as error:
+        parser.error(str(error))
     words = [*_as_argv(values), *argv]
     # first, for the groups check their values when they are made, and some of that imports torch
     for word in parser.parse_known_args(words)[1]:
@@ -163,7 +166,10 @@ def _as_argv(values: dict[str, Any]) -> list[str]:
 
 
 def _fold_dotted(argv: list[str], values: dict[str, Any]) -> list[str]:
-    """Puts `--model_config.n_layer 2`, on top of any `--model_config` before it, into `values`; returns the rest."""
+    """Puts `--model_config.n_layer 2`, on top of any `--model_config` before it, into `values`; returns the rest.
+
+    Raises ValueError for one without a value.
+    """
     dotted = re.compile(r"--(\w[\w-]*)\.([\w.]+)(?:=(.*))?$", re.DOTALL)
     changed = {match[1].replace("-", "_") for match in map(dotted.match, argv) if match}
     rest, words = [], iter(argv)
@@ -172,15 +178,23 @@ def _fold_dotted(argv: list[str], values: dict[str, Any]) -> list[str]:
         whole, _, text = word.removeprefix("--").partition("=")
         name = (match[1] if match else whole).replace("-", "_")
         if match:
-            text = next(words, "") if match[3] is None else match[3]
+            text = _value_of(word, words) if match[3] is None else match[3]
             current = values.get(name) or {}
             current = mapping(name, current) if isinstance(current, str) else current
             values[name] = {**current, match[2]: yaml.safe_load(text)}
         elif word.startswith("--") and name in changed:
-            values[name] = text or next(words, "")
+            values[name] = text or _value_of(word, words)
         else:
             rest.append(word)
     return rest
+
+
+def _value_of(option: str, words: Iterator[str]) -> str:
+    """The next word; ValueError where there is none, or another option."""
+    word = next(words, None)
+    if word is None or re.match("--[a-zA-Z]", word):
+        raise ValueError(f"argument {option}: expected a value")
+    return word
 
 
 def _plain_number(word: str) -> str:

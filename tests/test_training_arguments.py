@@ -104,6 +104,10 @@ def test_every_field_of_the_attention_config_is_an_argument():
         ("model_type: gpt2", ["--degree", "0"], "degree must be >= 1, got 0"),
         ("model_type: gpt2\nactivation: poly", ["--degree", "17"], "degree must be an integer from 1 to 16, got 17"),
         ("model_type: gpt2\nactivation: poly", ["--normalization", "sum"], "needs weights of one sign"),
+        ("model_type: gpt2", ["--model_config.n_layer"], "--model_config.n_layer: expected a value"),
+        ("model_type: gpt2", ["--model_config.a", "--seed", "3"], "--model_config.a: expected a value"),
+        ("model_type: gpt2", ["--model_config.a", "1", "--model_config"], "--model_config: expected a value"),
+        ("model_type: gpt2", ["--model_config", "3", "--model_config.a", "1"], "must be a mapping"),
         ("model_type: gpt2", ["--validation_fraction", "1"], "validation_fraction must be > 0 and < 1, got 1.0"),
     ],
 )
