@@ -32,7 +32,10 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepCheckpoint:
-    """Where the steps of one stage are kept, and how often. A file that is there is gone on from."""
+    """Where the steps of one stage are kept, and how often. A file that is there is gone on from.
+
+    Its batches must come again as they came: a DataLoader that shuffles needs a generator of its own, seeded alike.
+    """
 
     file: Path
     every: int = 100
@@ -97,17 +100,22 @@ class Steps:
         batches: the same from the start each time, as many as there are steps.
         Raises ValueError for a checkpoint of other steps than these.
         """
+        random_states: dict[str, torch.Tensor] = {}
         if self.checkpoint is not None and self.checkpoint.file.exists():
-            self._restore(self.checkpoint.file)
+            random_states = self._restore(self.checkpoint.file)
         first, mark = self.done, time.perf_counter()
         before = self.seconds
         with tqdm(total=self.total, initial=first, desc=self.name, disable=not self.progress) as bar:
-            for step, batch in enumerate(batches):
+            numbered = enumerate(batches)
+            for step, batch in itertools.islice(numbered, first):
+                if step == 0:
+                    self.first_inputs = as_inputs(batch)
+            # not before, for a DataLoader draws a number when its iteration starts
+            self._set_random_states(random_states)
+            for step, batch in numbered:
                 inputs = as_inputs(batch)
                 if step == 0:
                     self.first_inputs = inputs
-                if step < first:
-                    continue
                 if self._is_over():
                     break
                 self.tokens += count_tokens(inputs)
@@ -173,7 +181,8 @@ class Steps:
         )
         os.replace(aside, file)
 
-    def _restore(self, file: Path) -> None:
+    def _restore(self, file: Path) -> dict[str, torch.Tensor]:
+        """Everything but the random states, which are returned."""
         with safe_open(file, framework="pt") as source:
             metadata = source.metadata()
             if metadata["shape"] != self._shape():
@@ -194,9 +203,13 @@ class Steps:
         count = len(self.parameters)
         self._best_weights = [tensors[f"{i}.best"].to(self.parameters[i]) for i in range(count) if "0.best" in tensors]
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        torch.set_rng_state(tensors["random_state"])
+        return {name: tensor for name, tensor in tensors.items() if name.endswith("random_state")}
+
+    def _set_random_states(self, states: dict[str, torch.Tensor]) -> None:
+        if "random_state" in states:
+            torch.set_rng_state(states["random_state"])
         device = self.parameters[0].device
-        if (state := tensors.get(f"{device.type}_random_state")) is not None:
+        if (state := states.get(f"{device.type}_random_state")) is not None:
             set_device_random_state(device, state)
 
     def _shape(self) -> str:

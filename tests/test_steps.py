@@ -1,6 +1,7 @@
 """The steps of transfer and distillation: a stop and a resume change nothing, and a watched score ends them."""
 
 import copy
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from models import batch_for, tiny, token_ids
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from torch.utils.data import DataLoader
 
 from hf_polyattn import calibrate, patch_model
 from hf_polyattn.conversion import transfer_attention
@@ -51,29 +53,37 @@ class Stopped(Exception):
 
 
 def until(data, stop):
-    """The batches, and the end of the world in front of batch `stop`."""
-    for index, batch in enumerate(data):
+    """The batches over and over, and the end of the world in front of batch `stop`."""
+    for index, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(data))):
         if index == stop:
             raise Stopped
         yield batch
 
 
-@pytest.mark.parametrize(("train", "labels"), [(transfer, False), (tune, True)])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, labels, tmp_path):
+def loader(labels=False):
+    """Half as many batches as steps; its iteration draws from the global random state each time that it starts."""
+    return DataLoader(batches(labels)[: STEPS // 2], batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("train", "labels", "data", "every"),
+    [(transfer, False, batches, 3), (tune, True, batches, 3), (tune, True, loader, 3), (tune, True, loader, 4)],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, labels, data, every, tmp_path):
     torch.manual_seed(0)
     straight, teacher = pair()
     student = copy.deepcopy(straight)
     torch.manual_seed(1)
-    whole = train(straight, teacher, batches(labels))
-    keep = StepCheckpoint(tmp_path / "stage" / "steps.safetensors", every=3)
+    whole = train(straight, teacher, data(labels), steps=STEPS)
+    keep = StepCheckpoint(tmp_path / "stage" / "steps.safetensors", every=every)
     fresh = copy.deepcopy(student)
     torch.manual_seed(1)
     with pytest.raises(Stopped):
-        train(student, teacher, until(batches(labels), 5), steps=STEPS, checkpoint=keep)
+        train(student, teacher, until(data(labels), 5), steps=STEPS, checkpoint=keep)
     with safe_open(keep.file, framework="pt") as file:
-        assert len(file.get_tensor("losses")) == 3
+        assert len(file.get_tensor("losses")) == every
     torch.manual_seed(7)  # the resumed process has another random state
-    again = train(fresh, teacher, batches(labels), checkpoint=keep)
+    again = train(fresh, teacher, data(labels), steps=STEPS, checkpoint=keep)
     assert torch.equal(again.losses, whole.losses)
     assert again.tokens == whole.tokens
     for (name, one), other in zip(straight.state_dict().items(), fresh.state_dict().values(), strict=True):
