@@ -113,6 +113,13 @@ def test_a_masked_model_fills_in_the_masks_that_the_recipe_draws(folders, tmp_pa
     assert "bits/byte" not in scores_of(found)
 
 
+def test_a_text_of_which_no_token_is_masked_is_refused(folders, tmp_path, capsys):
+    path = write(tmp_path / "text.txt", "ab")
+    code, said, error = run(capsys, "eval", folders / "bert", "--text", path, "--block-size", 2)
+    assert (code, said) == (1, "")
+    assert "no token of the 1 blocks of 2 came to be masked: give more text" in error
+
+
 def test_a_twin_stands_beside_with_the_paired_difference(folders, tmp_path, capsys):
     path = write(tmp_path / "text.txt", TEXT * 3)
     words = [folders / "cubic", "--against", folders / "softmax", "--text", path, "--block-size", 13]

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from models import HEADS, LAYERS, scale_attention
+from models import HEADS, LAYERS, scale_attention, tiny, token_ids
 from recipe_runs import recipe, write_text
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, RobertaConfig, RobertaModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config, RobertaConfig, RobertaModel
 
 from hf_polyattn import register_architecture
-from hf_polyattn.converting.tasks import task_for
+from hf_polyattn.converting.tasks import TokenLoss, task_for
 from hf_polyattn.positions import positions_of
 from hf_polyattn.training.tokenizers import (
     SPECIAL_TOKENS,
@@ -88,6 +88,16 @@ def test_workers_load_what_a_conversion_reads(text, tmp_path):
         assert loader.num_workers == workers
         found.append([batch["input_ids"] for batch in loader])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_batches_without_a_masked_token_do_not_count():
+    model = tiny("bert", AutoModelForMaskedLM, double=False)
+    ids = token_ids()
+    empty = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    batch = {"input_ids": ids, "labels": ids}
+    assert TokenLoss(None, [empty, batch, empty], list).score(model) == TokenLoss(None, [batch], list).score(model)
+    with pytest.raises(ValueError, match="no token of the held-out text is to be predicted"):
+        TokenLoss(None, [empty], list).score(model)
 
 
 def test_another_tokenizer_than_the_checkpoints_own_is_refused(text, tmp_path):

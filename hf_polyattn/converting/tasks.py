@@ -85,7 +85,11 @@ class TokenLoss(Task):
                 if _is_causal(model)
                 else int((batch["labels"] != -100).sum())
             )
-            total, count = total + out.loss.item() * here, count + here
+            if here:
+                # without a label the loss is 0 / 0
+                total, count = total + out.loss.item() * here, count + here
+        if not count:
+            raise ValueError("no token of the held-out text is to be predicted: give more text or larger blocks")
         return total / count
 
 

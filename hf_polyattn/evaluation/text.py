@@ -66,7 +66,7 @@ def measure_text(
         limit: measure the first blocks only.
     Raises:
         ValueError: when the text does not fill a block, when a block has more tokens than the model has positions, for
-            a stride that would leave tokens out, and when the loss is not a number.
+            a stride that would leave tokens out, when no token comes to be masked, and when the loss is not a number.
     """
     causal = is_causal(model)
     positions = positions_of(model)
@@ -89,6 +89,8 @@ def measure_text(
     else:
         blocks = masked_blocks(ids, block_size, tokenizer)
     sums, counts = _losses(model, blocks[:limit], batch_size)
+    if not counts.sum():
+        raise ValueError(f"no token of the {len(sums)} blocks of {block_size} came to be masked: give more text")
     nats = Score.mean(sums, counts)
     scores = {"nats/token": nats, "perplexity": Score(math.exp(min(nats.value, 700)))}
     data = {"blocks": len(sums), "block_size": block_size, "stride": stride, "predicted_tokens": int(counts.sum())}
