@@ -185,8 +185,10 @@ def published_scores(results: Mapping[str, Any]) -> dict[str, float]:
     if key == "validation_loss":
         scores["perplexity"] = math.exp(min(best, 700))
     elif results.get(key) == best:
-        # the last evaluation was the best, so the others belong to it too
-        scores |= {name: results[name] for name in METRICS if isinstance(results.get(name), float)}
+        # the last evaluation was the best, so the others belong to it too; but for the loss, which is per token in a
+        # language model alone
+        names = [name for name in METRICS if name != "validation_loss"]
+        scores |= {name: results[name] for name in names if isinstance(results.get(name), float)}
     return scores
 
 

@@ -157,6 +157,8 @@ def test_license_comes_from_the_base(cubic, tmp_path):
     [
         ({"best": 2.0}, {"validation_loss": 2.0, "perplexity": pytest.approx(7.389, abs=1e-3)}),
         ({"best": 0.9, "best_metric": "accuracy", "accuracy": 0.9, "f1": 0.8}, {"accuracy": 0.9, "f1": 0.8}),
+        # of a classifier or of values, and not in nats per token
+        ({"best": 0.9, "best_metric": "accuracy", "accuracy": 0.9, "validation_loss": 0.3}, {"accuracy": 0.9}),
         # the last evaluation was not the best: its other scores belong to another checkpoint
         ({"best": 0.9, "best_metric": "accuracy", "accuracy": 0.7, "f1": 0.6}, {"accuracy": 0.9}),
         ({"best": None}, {}),
