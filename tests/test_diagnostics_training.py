@@ -231,6 +231,26 @@ def test_trainer_logs_and_draws(patch, tmp_path):
         DiagnosticsCallback(trainer, batch, steps=0)
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_an_overflow_while_measuring_does_not_stop_a_trainer(begins, tmp_path, monkeypatch, capsys):
+    def overflow(*unused):
+        raise OverflowError("attention output of 7e4")
+
+    monkeypatch.setattr(diagnosing, "attention_statistics", overflow)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    row = {"input_ids": token_ids()[0], "labels": token_ids()[0]}
+    trainer = Trainer(tiny("gpt2", double=False), arguments, train_dataset=[row] * 8)
+    callback = DiagnosticsCallback(trainer, {"input_ids": token_ids()})
+    if begins:
+        trainer.add_callback(callback)
+        trainer.train()
+        assert "step 1: the attention was not measured: attention output of 7e4" in capsys.readouterr().out
+    else:
+        # a trainer that was given it late
+        callback.on_train_end(arguments, trainer.state, trainer.control)
+    assert not (tmp_path / diagnosing.FIGURE).exists()
+
+
 def test_nothing_measured_is_nothing_drawn(tmp_path):
     with pytest.raises(ValueError, match="no step was measured"):
         draw_statistics({}, tmp_path / "empty.png")

@@ -6,7 +6,7 @@ states, so that a run trains bit for bit as it would without.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +58,16 @@ class RunDiagnostics:
         """Appends a line to diagnostics.jsonl; returns what trackers get, nothing on other processes than the main."""
         if not self.accelerator.is_main_process:
             return {}
-        start = time.perf_counter()
-        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
         def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             sums, counts = loss_of(model, batch)
             return sums.sum() / counts.sum().clamp(min=1)
 
-        try:
-            with self.accelerator.autocast():
-                report = attention_statistics(bare, [first_sequences(batch)], loss)
-        except OverflowError as error:
-            # the step itself was finite: what is measured must not stop it
-            self.accelerator.print(f"step {step}: the attention was not measured: {error}")
-            return {}
-        append_report(self.folder / LINES, step, report, seconds=round(time.perf_counter() - start, 4))
-        return report.scalars()
+        return _append_line(self.folder, self.accelerator, step, model, first_sequences(batch), loss)
 
     def draw(self) -> Path | None:
         """diagnostics.png, from all lines there are; None where nothing was measured."""
-        path = self.folder / LINES
-        if not (self.every and self.accelerator.is_main_process and path.exists() and path.stat().st_size):
-            return None
-        return draw_statistics(read_reports(path), self.folder / FIGURE)
+        return _draw(self.folder) if self.every and self.accelerator.is_main_process else None
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -130,19 +117,45 @@ class DiagnosticsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            draw_statistics(read_reports(self.folder / LINES), self.folder / FIGURE)
+            _draw(self.folder)
 
     def _measure(self, state: TrainerState) -> None:
         if state.global_step == self._last or not state.is_world_process_zero:
             return
         self._last = state.global_step
-        start = time.perf_counter()
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        with self.trainer.accelerator.autocast():
-            report = attention_statistics(model, [self.batch])
-        seconds = round(time.perf_counter() - start, 4)
-        append_report(self.folder / LINES, state.global_step, report, seconds=seconds)
-        self.trainer.log(report.scalars())
+        trainer = self.trainer
+        assert trainer.model is not None
+        if scalars := _append_line(self.folder, trainer.accelerator, state.global_step, trainer.model, self.batch):
+            trainer.log(scalars)
+
+
+def _append_line(
+    folder: Path,
+    accelerator: Accelerator,
+    step: int,
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    loss: Callable[..., torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Measures, and appends a line to diagnostics.jsonl; what trackers get, nothing where float16 overflowed."""
+    start = time.perf_counter()
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    try:
+        with accelerator.autocast():
+            report = attention_statistics(bare, [batch], loss)
+    except OverflowError as error:
+        # what is measured must not stop the run: its own steps are looked at elsewhere
+        accelerator.print(f"step {step}: the attention was not measured: {error}")
+        return {}
+    append_report(folder / LINES, step, report, seconds=round(time.perf_counter() - start, 4))
+    return report.scalars()
+
+
+def _draw(folder: Path) -> Path | None:
+    """diagnostics.png, from all lines there are; None where nothing was measured."""
+    path = folder / LINES
+    reports = read_reports(path) if path.exists() else {}
+    return draw_statistics(reports, folder / FIGURE) if reports else None
 
 
 def first_sequences(batch: Mapping[str, Any], count: int = SEQUENCES) -> dict[str, Any]:
