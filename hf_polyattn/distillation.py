@@ -134,14 +134,15 @@ def _distillation_loss(
     loss = cross_entropy * out.loss if cross_entropy else out.logits.new_zeros(())
     if teacher is None or cross_entropy == 1:
         return loss
+    asked = {k: v.to(teacher.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items() if k != "labels"}
     with torch.no_grad():
-        wanted = teacher(**without_cache(teacher, {k: v for k, v in inputs.items() if k != "labels"})).logits
+        wanted = teacher(**without_cache(teacher, asked)).logits.to(out.logits.device)
     if wanted.shape != out.logits.shape:
         raise ValueError(f"the teacher's logits are {tuple(wanted.shape)}, the student's {tuple(out.logits.shape)}")
     if not torch.isfinite(wanted).all():
         raise ValueError("the teacher's logits are not finite: check its weights and the batches")
     given = F.log_softmax(out.logits.float() / temperature, -1)
-    wanted = F.log_softmax(wanted.to(out.logits.device).float() / temperature, -1)
+    wanted = F.log_softmax(wanted.float() / temperature, -1)
     rows = real_tokens(inputs)
     # a classifier's logits [B, C] have no tokens
     if rows is not None and given.ndim == 3 and rows.shape == given.shape[:2]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import LAYERS, WIDTH, batch_for, output, padded_batches, tiny, token_ids
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GPT2LMHeadModel
 
 from hf_polyattn import calibrate, patch_model, register_architecture
 from hf_polyattn.conversion import normalised_error, transfer_attention
@@ -340,6 +340,21 @@ def test_distillation_that_cannot_be_is_refused():
     student.requires_grad_(False)
     refuses("nothing to train", teacher=tiny("gpt2"), cross_entropy=0)
     assert not student.training
+
+
+def test_the_teacher_of_a_distillation_may_be_on_another_device(monkeypatch):
+    student, teacher = pair()
+    seen = []
+
+    def bring(module, args, inputs):
+        seen.append(inputs["input_ids"].device.type)
+        return args, {**inputs, "input_ids": token_ids(8, 16)}
+
+    teacher.register_forward_pre_hook(bring, with_kwargs=True)
+    where = property(lambda self: torch.device("meta" if self is teacher else "cpu"))
+    monkeypatch.setattr(GPT2LMHeadModel, "device", where)
+    distill(student, teacher, many(1), cross_entropy=0.0, progress=False)
+    assert seen == ["meta"]
 
 
 def test_the_softmax_twin_is_tuned_without_a_teacher():
