@@ -275,16 +275,23 @@ def start_worker(name: str, logs: Path, *arguments: str) -> subprocess.Popen:
 
 def _forward(name: str, process: subprocess.Popen, events: queue.Queue) -> None:
     """Runs in a thread: the lines of one process become events; None says that there will be no more."""
-    for event in _events(process):
-        events.put((name, event))
-    events.put((name, None))
+    try:
+        for event in _events(process):
+            events.put((name, event))
+    finally:
+        events.put((name, None))
 
 
 def _events(process: subprocess.Popen) -> Iterator[dict[str, Any]]:
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("{"):
-            yield json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            # libraries print too
+            continue
+        if isinstance(event, dict) and "event" in event:
+            yield event
 
 
 def check_worker(name: str, process: subprocess.Popen, logs: Path) -> None:

@@ -3,11 +3,13 @@
 import importlib
 import json
 import os
+import queue
 import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -456,6 +458,22 @@ def test_demo_reports_a_process_that_fails(tmp_path):
     job.write_text("{}")
     with pytest.raises(demo.DemoError, match=r"the cubic process ended with status 1: TypeError: .*cubic\.log"):
         demo.train_side_by_side({"cubic": job}, tmp_path, steps=2)
+
+
+def test_demo_passes_over_lines_that_are_no_events():
+    lines = ("{a library speaks}\n", "{}\n", "3\n", '{"event": "step", "loss": 1.5}\n')
+    assert list(demo._events(SimpleNamespace(stdout=lines))) == [{"event": "step", "loss": 1.5}]
+
+
+def test_demo_ends_where_the_lines_of_a_process_cannot_be_read():
+    def lines():
+        yield '{"event": "step"}\n'
+        raise OSError("the pipe broke")
+
+    events = queue.Queue()
+    with pytest.raises(OSError, match="the pipe broke"):
+        demo._forward("cubic", SimpleNamespace(stdout=lines()), events)
+    assert list(events.queue) == [("cubic", {"event": "step"}), ("cubic", None)]
 
 
 def test_demo_notices_a_checkpoint_that_loads_without_the_plugin(stock):
