@@ -40,8 +40,12 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
     for name, value in (("spread", spread), ("mean", mean)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value}")
-    for name, module in entry.attention_modules(model):
-        weights, biases = entry.query_key(module)
+    found = [(name, module, *entry.query_key(module)) for name, module in entry.attention_modules(model)]
+    for name, _, _, biases in found:
+        # before anything changes
+        if mean is not None and not biases:
+            raise ValueError(f"{name} has no query and key biases to give scores a mean: use beta=, or spread=")
+    for _, module, weights, biases in found:
         if spread is not None:
             # a call before this one has scaled the weights already
             factor = math.sqrt(spread / module.__dict__.get(_SPREAD, entry.initial_spread(module)))
@@ -55,9 +59,8 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
                 state.spread *= factor**2
                 state.alpha.mul_(state.analytic_alpha() / before)
         if mean is not None:
-            if not biases:
-                raise ValueError(f"{name} has no query and key biases to give scores a mean: use beta=, or spread=")
             size = head_dim(module)
-            constant = math.sqrt(mean / (getattr(module, "scaling", size**-0.5) * size))
+            scaling = getattr(module, "scaling", None) or size**-0.5
+            constant = math.sqrt(mean / (scaling * size))
             for bias in biases:
                 bias.fill_(constant)

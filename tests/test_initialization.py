@@ -167,6 +167,25 @@ def test_weights_that_cannot_be_read_leave_the_formula_of_the_configuration():
     assert next(iter(states(model).values())).spread == entry.initial_spread(module)
 
 
+def test_a_mean_without_biases_leaves_the_weights_alone():
+    model = AutoModel.from_config(CONFIGS["llama"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="layers.0.self_attn has no query and key biases"):
+        start_scores(model, spread=1.0, mean=0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_scaling_of_none_is_that_of_the_head_size():
+    biases = []
+    for scaling in (0.25, None):
+        model = AutoModel.from_config(CONFIGS["bert"])
+        for _, module in get_architecture(model.config).attention_modules(model):
+            module.scaling = scaling
+        start_scores(model, mean=0.5)
+        biases.append(model.encoder.layer[0].attention.self.query.bias)
+    assert torch.equal(*biases)
+
+
 def test_refusals(own_registry):
     model = AutoModel.from_config(CONFIGS["llama"])
     with pytest.raises(ValueError, match="no query and key biases"):
