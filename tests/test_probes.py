@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import VOCAB, tiny
 from torch import nn
+from transformers import RobertaConfig, RobertaForCausalLM
 
 from hf_polyattn.evaluation import difference
 from hf_polyattn.evaluation.probes import passkey, repeated_tokens
@@ -114,6 +115,15 @@ def test_positions_are_checked():
         repeated_tokens(tiny("gpt2", double=False), 40)
     with pytest.raises(ValueError, match="2 tokens or more, got 1"):
         repeated_tokens(tiny("gpt2", double=False), 1)
+
+
+def test_positions_behind_padding_hold_no_tokens():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=34, is_decoder=True, **sizes)
+    model = RobertaForCausalLM(config).eval()
+    repeated_tokens(model, 16, samples=1)
+    with pytest.raises(ValueError, match="32 positions: lower the 34 tokens"):
+        repeated_tokens(model, 17, samples=1)
 
 
 def test_two_models_are_paired_and_keep_their_mode():

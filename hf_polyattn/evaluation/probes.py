@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..evaluating import evaluating
+from ..positions import positions_of
 from ..training.losses import IGNORE, token_losses
 from .scores import Evaluation, Score
 
@@ -118,7 +119,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _check_positions(model: PreTrainedModel, length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions and length > positions:
         raise ValueError(f"the model has {positions} positions: lower the {length} tokens of the probe to that")
 
