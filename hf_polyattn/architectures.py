@@ -33,6 +33,15 @@ def head_dim(module: nn.Module) -> int:
     return size or _field(module, "hidden_size") // _field(module, "num_attention_heads")
 
 
+def unit_spread(module: nn.Module) -> float:
+    """Spread of q . k where all entries of q and k have variance one: scaling * sqrt(head_dim).
+
+    1 for a module that does not keep its scaling, or keeps it under another name.
+    """
+    scaling = getattr(module, "scaling", None)
+    return scaling * head_dim(module) ** 0.5 if scaling else 1.0
+
+
 def _heads_from_config(module: nn.Module) -> int:
     return int(_field(module, "num_attention_heads"))
 
@@ -43,9 +52,7 @@ def _spread_at_initialization(module: nn.Module) -> float:
     Inputs come out of a norm with unit variance, so each entry of q and k has variance width * range^2, and q . k has
     variance head_dim times its square.
     """
-    size = head_dim(module)
-    scaling = getattr(module, "scaling", None) or size**-0.5
-    return scaling * size**0.5 * _field(module, "hidden_size") * _field(module, "initializer_range") ** 2
+    return unit_spread(module) * _field(module, "hidden_size") * _field(module, "initializer_range") ** 2
 
 
 def spread_of_weights(entry: "Architecture", module: nn.Module) -> float | None:
@@ -65,10 +72,8 @@ def spread_of_weights(entry: "Architecture", module: nn.Module) -> float | None:
     if not weights or any(not _is_readable(weight) for weight in weights):
         return None
     sizes = [_root_mean_square(weight.detach()) for weight in weights]
-    size = head_dim(module)
-    scaling = getattr(module, "scaling", None) or size**-0.5
     # one fused matrix, or two: the geometric mean squared is rms(W_q) * rms(W_k)
-    spread = scaling * size**0.5 * _field(module, "hidden_size") * math.prod(sizes) ** (2 / len(sizes))
+    spread = unit_spread(module) * _field(module, "hidden_size") * math.prod(sizes) ** (2 / len(sizes))
     return spread if 0 < spread < math.inf else None
 
 

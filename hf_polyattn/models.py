@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .architectures import STOCK_PREFIX, Architecture, get_architecture, head_dim, spread_of_weights
+from .architectures import STOCK_PREFIX, Architecture, get_architecture, spread_of_weights, unit_spread
 from .attention import NAME
 from .config import PolyAttentionConfig
 from .forwarding import unwatch, watch
@@ -143,9 +143,9 @@ def attach(model: PreTrainedModel, settings: PolyAttentionConfig, *, has_weights
 
 
 def _expected_spread(entry: Architecture, module: Any, qk_norm: bool, has_weights: bool) -> float:
-    if qk_norm and getattr(module, "scaling", None) is not None:
-        # normalised q and k of random direction: q . k has variance head_dim
-        return module.scaling * head_dim(module) ** 0.5
+    if qk_norm:
+        # of random direction, with entries of mean square one
+        return unit_spread(module)
     measured = spread_of_weights(entry, module) if has_weights else None
     return measured or entry.initial_spread(module)
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 from models import batch_for, padded_batches, patched_tiny, tiny
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
 
 import hf_polyattn
 from hf_polyattn.models import states
@@ -250,15 +257,19 @@ def test_unpatched_again_nothing_points_to_the_code(tmp_path):
     assert not hasattr(model.config, "auto_map")
 
 
-def test_new_models_without_the_plugin_start_where_its_own_do(tmp_path, checkpoints):
-    """The constructor of the generated file, in this process: it does not meet the plugin's registrations."""
+def built_without_the_plugin(folder: Path) -> PreTrainedModel:
+    """By the constructor of the generated file, in this process: it does not meet the plugin's registrations."""
+    config, path = json.loads((folder / "config.json").read_text()), folder / FILE
+    names = {"__name__": f"generated_{folder.name}", "__file__": str(path)}
+    exec(compile(path.read_text(), str(path), "exec"), names)
+    theirs = names[config["auto_map"]["AutoConfig"].rpartition(".")[2]].from_pretrained(folder)
+    return names[config["architectures"][0]](theirs)
+
+
+def test_new_models_without_the_plugin_start_where_its_own_do(checkpoints):
     for name in ("gpt2-learned", "llama-learned", "llama-fixed"):
         ours = CASES[name][1].from_pretrained(checkpoints / name).config
-        path = checkpoints / name / FILE
-        names = {"__name__": f"generated_{name}", "__file__": str(path)}
-        exec(compile(path.read_text(), str(path), "exec"), names)
-        theirs = names[type(ours).__name__].from_pretrained(checkpoints / name)
-        built = names[ours.architectures[0]](theirs)
+        built = built_without_the_plugin(checkpoints / name)
         fresh = CASES[name][1].from_config(ours)
         expected = {k: v for k, v in fresh.state_dict().items() if ".polyattn." in k}
         state = built.state_dict()
@@ -268,3 +279,16 @@ def test_new_models_without_the_plugin_start_where_its_own_do(tmp_path, checkpoi
         assert fresh.state_dict().keys() == state.keys()
         assert batch_for(built)
         assert states(built) == {}
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_modules_that_do_not_say_their_scaling_start_alike(qk_norm, tmp_path, own_registry):
+    hf_polyattn.register_architecture("clip_vision_model", ["CLIPAttention"])
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=6, patch_size=2))
+    assert not any(hasattr(module, "scaling") for module in model.modules())
+    hf_polyattn.patch_model(model, qk_norm=qk_norm).save_pretrained(tmp_path)
+    (ours,) = states(model).values()
+    (theirs,) = (module for module in built_without_the_plugin(tmp_path).modules() if hasattr(module, "alpha"))
+    torch.testing.assert_close(theirs.alpha, ours.alpha, rtol=1e-6, atol=0)
+    assert torch.equal(ours.alpha, torch.ones(4)) == qk_norm
