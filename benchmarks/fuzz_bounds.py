@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_polyattn.activations import compose_affine
+from hf_polyattn.ops.affine import shift_and_scale
 from hf_polyattn.ops.normalization import EPS
 
 TINY = 1e-30  # below what any dtype here distinguishes from 0, beside float16 and its floor
@@ -112,8 +112,8 @@ def bounds(problem: Problem, rounding: Rounding) -> dict[str, Tensor]:
     error = (error + 2 * u * (scores.abs() + problem.bias.abs())) * keep
 
     # phi and phi', as coefficients of the score
-    composed = compose_affine(problem.coefficients, problem.alpha, problem.beta)
-    absolute = compose_affine(problem.coefficients.abs(), problem.alpha.abs(), problem.beta.abs())
+    composed = shift_and_scale(problem.coefficients, problem.alpha, problem.beta)
+    absolute = shift_and_scale(problem.coefficients.abs(), problem.alpha.abs(), problem.beta.abs())
     degree = composed.shape[1] - 1
     # what roundings of the evaluation are relative to, and how many there are
     size, steps = scores.abs() + error, 4.0 * degree + 4
@@ -192,7 +192,7 @@ def bounds(problem: Problem, rounding: Rounding) -> dict[str, Tensor]:
         dc_error.append((size**power * dw_error + lower * dw_most).sum((0, 2, 3)) + gamma(count + steps) * dc[-1])
     leaves = [x.abs().requires_grad_() for x in (problem.coefficients, problem.alpha, problem.beta)]
     with torch.enable_grad():
-        composed = compose_affine(*leaves)
+        composed = shift_and_scale(*leaves)
         probe = torch.stack(dc_error, 1) + 8 * (degree + 1) * u * torch.stack(dc, 1)
         grads = torch.autograd.grad(composed, leaves, probe, allow_unused=True, materialize_grads=True)
     out |= {name: x + TINY for name, x in zip(("coefficients", "alpha", "beta"), grads, strict=True)}

@@ -217,19 +217,6 @@ def power(scores: torch.Tensor, degree: int) -> torch.Tensor:
     return out
 
 
-def compose_affine(coefficients: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Coefficients of s -> phi(alpha s + beta), so that kernels need no affine case.
-
-    coefficients [H, p + 1], alpha and beta [H]; differentiable. sum_k c_k (alpha s + beta)^k is expanded binomially.
-    """
-    degree = coefficients.shape[1] - 1
-    columns = []
-    for j in range(degree + 1):
-        terms = [coefficients[:, k] * math.comb(k, j) * beta ** (k - j) for k in range(j, degree + 1)]
-        columns.append(torch.stack(terms).sum(0) * alpha**j)
-    return torch.stack(columns, dim=1)
-
-
 def frobenius_gain(degree: int) -> float:
     """Gain of s^p that makes E||A||_F^2 = N under "sqrt_length" for scores ~ N(0, 1): E s^(2p) = (2p - 1)!!."""
     return 1 / math.sqrt(math.prod(range(1, 2 * degree, 2)))

@@ -7,7 +7,7 @@ def shift_and_scale(coefficients: torch.Tensor, alpha: torch.Tensor, beta: torch
     """Coefficients of s -> sum_k c_k (alpha s + beta)^k; differentiable.
 
     coefficients [H, p + 1], alpha and beta [H]. By synthetic division: p (p + 1) / 2 fused operations on [H], a
-    fraction of what the binomial sums of `activations.compose_affine` take, in every layer of a decoding step.
+    fraction of what binomial sums would take in every layer of a decoding step.
     """
     columns = list(coefficients.unbind(1))
     degree = len(columns) - 1

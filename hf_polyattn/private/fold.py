@@ -4,12 +4,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..activations import compose_affine, get_activation
+from ..activations import get_activation
 from ..architectures import get_architecture
 from ..attention import NAME
 from ..config import PolyAttentionConfig
 from ..models import read_settings, states
 from ..ops import monomial_coefficients
+from ..ops.affine import shift_and_scale
 from ..state import PolyAttentionState
 
 
@@ -27,7 +28,7 @@ def fold(state: PolyAttentionState, scaling: float = 1.0) -> torch.Tensor:
     else:
         heads = alpha.new_empty(1, len(alpha), 1, 1)
         coefficients = monomial_coefficients(state.config.degree, heads)
-    return compose_affine(gain[:, None] * coefficients, alpha * scaling, beta)
+    return shift_and_scale(gain[:, None] * coefficients, alpha * scaling, beta)
 
 
 def check_polynomial(model: PreTrainedModel) -> PolyAttentionConfig:
