@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .tiled import ONCE
+from .results import ONCE
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 HEADERS = [SOURCE.with_name(name) for name in ("cpu.h", "cpu_decode.h")]
@@ -230,7 +230,7 @@ def _register() -> None:
         return (dq, dk, dv, dc if wants else None, *[None] * (len(ctx.options) + 3))
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(ONCE.replace("tiled", "compiled"))
+        raise RuntimeError(ONCE.format(form="compiled"))
 
     library.register_autograd("hf_polyattn::cpu_forward", differentiate, setup_context=save)
     library.register_autograd("hf_polyattn::cpu_backward", refuse)

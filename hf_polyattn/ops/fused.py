@@ -21,7 +21,7 @@ from .cpu import CONSTANT, NORMALIZATIONS
 from .fused_launch import Launch, architecture, fp32_precision, interpreted, launch, padded, run, splits
 from .fused_masks import Masks
 from .normalization import NORMALIZED
-from .tiled import ONCE
+from .results import ONCE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -388,7 +388,7 @@ def _differentiate(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, 
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(ONCE.replace("tiled", "fused"))
+    raise RuntimeError(ONCE.format(form="fused"))
 
 
 # what a graph that is being compiled asks: shapes, of tensors that hold nothing

@@ -28,7 +28,7 @@ from .inplace import horner_into, power_into, slope_coefficients
 from .monomials import Monomials
 from .normalization import EPS, scale_of_total
 from .precision import compute_dtype
-from .tiled import RefuseDerivative, like_query
+from .results import RefuseDerivative, like_query
 
 # rows and keys of a chunk: the more features, the more of its own score matrix a chunk can afford
 CHUNK, LONG_CHUNK, MANY = 128, 256, 256

@@ -27,13 +27,9 @@ from torch import Tensor
 from .inplace import keep_only, slope_coefficients
 from .normalization import NORMALIZED, scale_of_total, subtract_scale_gradient, tile_total
 from .precision import compute_dtype
+from .results import RefuseDerivative, like_query
 from .sweep import Options, Sweep, stack
 from .tiles import cut
-
-ONCE = (
-    "the tiled form of polynomial attention has no second derivative: "
-    'use backend="naive" where gradients of gradients are needed'
-)
 
 
 def tiled_attention(
@@ -122,19 +118,6 @@ class TiledAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-class RefuseDerivative(torch.autograd.Function):
-    """Identity with an explanation in place of a derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, form: str) -> Tensor:
-        ctx.form = form
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        raise RuntimeError(ONCE.replace("tiled", ctx.form))
-
-
 def _backward(
     grad: Tensor,
     options: Options,
@@ -202,11 +185,3 @@ def _backward(
         dk[batches, key_heads] = dk_group.view_as(dk[batches, key_heads])
         dv[batches, key_heads] = dv_group.view_as(dv[batches, key_heads])
     return dq, dk, dv, dc, None if bias is None or dbias is None else dbias.to(bias.dtype)
-
-
-def like_query(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Empty [B, H, T, width], heads and rows in the memory order of the query's: its consumer wants it that way."""
-    batch, heads, queries, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return torch.empty(batch, queries, heads, width, dtype=dtype, device=query.device).transpose(1, 2)
-    return torch.empty(batch, heads, queries, width, dtype=dtype, device=query.device)
