@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> dict:
                     loss = accelerator.reduce(step_sum, reduction="sum") / labels
                     norm = clip_gradients(accelerator, model, optimization.max_grad_norm)
                     run.check_finite(step, loss, norm, model, micro_batches, loss_of)
+                    run.diagnose(step, model, micro_batches, loss_of)
                 optimizer.step()
                 optimizer.zero_grad()
         tokens = tokens_in_step(accelerator, micro_batches)

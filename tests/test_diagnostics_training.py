@@ -1,6 +1,7 @@
 """Attention statistics in the recipes' runs and in `Trainer`: what is written, and that training does not notice."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -257,7 +258,12 @@ def test_nothing_measured_is_nothing_drawn(tmp_path):
 
 
 def test_recipes_agree_on_where_they_measure():
-    """All recipes that train have the step's batch checked, which is where the attention is measured."""
+    """All recipes that train: once the step is known to be finite, and before the weights move."""
     recipes = [path for path in RECIPES.glob("*.py") if "run.steps(" in path.read_text()]
     assert len(recipes) >= 4
-    assert all("run.check_finite(step, loss, norm, model, micro_batches, loss_of)" in p.read_text() for p in recipes)
+    lines = (
+        "run.check_finite(step, loss, norm, model, micro_batches, loss_of)\n"
+        "run.diagnose(step, model, micro_batches, loss_of)\n"
+        "optimizer.step()\n"
+    )
+    assert all(lines in re.sub(r"^ +", "", p.read_text(), flags=re.MULTILINE) for p in recipes)

@@ -234,14 +234,10 @@ class Run:
         Under DeepSpeed they are not: its engine has stepped at the end of backward, and only `last` is left of before.
         Raises NonFiniteError when the loss or the gradient's norm, equal on all processes, is not a number. Under fp16
         a gradient may overflow now and then: the scaler skips that step; MAX_SKIPPED_STEPS in a row are an error.
-
-        Measures the attention as well, in the steps that diagnostics_steps names.
         """
         finite = torch.isfinite(torch.stack([loss.detach().float(), norm.detach().float()])).tolist()
         self._skipped = self._skipped + 1 if not finite[1] else 0
         if all(finite) or (finite[0] and self.accelerator.scaler is not None and self._skipped < MAX_SKIPPED_STEPS):
-            if self._diagnostics.is_due(step, self._total_steps):
-                self.accelerator.log(self._diagnostics.measure(step, model, batches[0], loss_of), step=step)
             return
         what = "gradient norm" if finite[0] else "loss"
         value = norm if finite[0] else loss
@@ -249,6 +245,11 @@ class Run:
         raise NonFiniteError(
             f"step {step}: the {what} is {value.item()}; first seen in {place}. {REMEDY}. {self._kept()}"
         )
+
+    def diagnose(self, step: int, model: nn.Module, batches: list[dict], loss_of: Loss) -> None:
+        """Measures the attention in the steps that diagnostics_steps names; call it before the optimizer's step."""
+        if self._diagnostics.is_due(step, self._total_steps):
+            self.accelerator.log(self._diagnostics.measure(step, model, batches[0], loss_of), step=step)
 
     def _find_nonfinite(self, model: nn.Module, batches: list[dict], loss_of: Loss) -> str:
         kind = self.accelerator.distributed_type
