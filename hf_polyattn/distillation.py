@@ -63,7 +63,8 @@ def distill(
     Weights that require no gradient stay. Embeddings that are tied to the output stay tied: they are one parameter.
 
     Args:
-        student: a model with a head; with cross_entropy=1 any model, such as the softmax twin on equal tokens.
+        student: a model with a head, of a registered architecture; patched or not, such as the softmax twin on equal
+            tokens.
         teacher: a model whose logits have the same shape; None where cross_entropy is 1.
         batches: dictionaries of model inputs, with labels [B, T] where cross_entropy > 0 (for a causal model the
             input ids themselves: Transformers shifts them).
@@ -80,8 +81,8 @@ def distill(
     Returns:
         the losses; print it.
     Raises:
-        ValueError: for the same model twice, shared weights, no data, no labels, a teacher's logits that are not
-            finite or of another shape.
+        ValueError: for the same model twice, shared weights, no data, no labels, an architecture without an entry, a
+            teacher's logits that are not finite or of another shape.
         DivergedError: for a loss or gradient that is not finite.
     """
     if not 0 <= cross_entropy <= 1:

@@ -37,7 +37,7 @@ def convert(
     Returns:
         scores after each stage; print it.
     Raises:
-        FileExistsError, ValueError: before anything is loaded where settings, folder or model do not fit; see
+        FileExistsError, ValueError: before anything is written where settings, folder, model or text do not fit; see
             `ConversionFolder`, `load_teacher` and `task_for`.
     """
     settings = check_settings(args, attention)
