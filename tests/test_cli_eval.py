@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cli_runs import TEXT, run, save, write
 from datasets import Dataset
+from models import tiny
 from recipe_runs import run_recipe
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from hf_polyattn.evaluation import Score
+from hf_polyattn.evaluation.labels import measure_labels
 from hf_polyattn.training.data import pack, tokenise
 from hf_polyattn.training.losses import token_losses
 from hf_polyattn.training.masking import masking_collator
@@ -249,6 +251,14 @@ def test_metrics_of_a_classifier(by_name, classifier, tmp_path, capsys):
     assert set(scores_of(report(capsys, classifier, "--data", path))) == {"accuracy", "f1", "loss"}
     part = report(capsys, classifier, "--data", path, "--limit", 2, "--metric", "loss")
     assert scores_of(part)["loss"] == pytest.approx(F.cross_entropy(logits[:2], right[:2]).item(), rel=1e-4)
+
+
+def test_the_configuration_comes_out_as_it_went_in(classifier):
+    model = tiny("gpt2", AutoModelForSequenceClassification, vocab_size=300, pad_token_id=None, double=False)
+    rows = Dataset.from_dict({"text": ["even", "odd and longer"], "label": [0, 1]})
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    measure_labels(model, tokenizer, rows, metrics=["loss"])
+    assert model.config.pad_token_id is None
 
 
 def test_the_recipe_and_the_command_agree(tmp_path, capsys):

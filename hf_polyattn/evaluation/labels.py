@@ -89,12 +89,9 @@ def measure_labels(
         names = rows.features[label_column]
         labels = class_indices(model, [names.int2str(x) for x in labels] if _has_names(names) else list(labels))
     limit = max_length or positions_of(model)
-    if model.config.pad_token_id is None:
-        # GPT-2 and LLaMA look for the last token that is not padding
-        model.config.pad_token_id = tokenizer.pad_token_id
     inputs: Any = _encode(rows, tokenizer, text_column, pair_column, limit)
     loader: DataLoader = DataLoader(inputs, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
-    logits = _logits(model, loader)
+    logits = _logits(model, loader, tokenizer.pad_token_id)
     references = torch.tensor(labels)
     if regression:
         guesses = logits.squeeze(-1)
@@ -153,12 +150,18 @@ def _encode(
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, loader: DataLoader) -> torch.Tensor:
-    """[rows, classes] in fp32, on the CPU."""
+def _logits(model: PreTrainedModel, loader: DataLoader, pad_token_id: int | None) -> torch.Tensor:
+    """[rows, classes] in fp32, on the CPU. pad_token_id: where the model names none."""
     out = []
-    with evaluating(model):
-        for batch in tqdm(loader, desc="batches", disable=None):
-            out.append(model(**{name: x.to(model.device) for name, x in batch.items()}).logits.float().cpu())
+    own = model.config.pad_token_id
+    # GPT-2 and LLaMA look for the last token that is not padding
+    model.config.pad_token_id = pad_token_id if own is None else own
+    try:
+        with evaluating(model):
+            for batch in tqdm(loader, desc="batches", disable=None):
+                out.append(model(**{name: x.to(model.device) for name, x in batch.items()}).logits.float().cpu())
+    finally:
+        model.config.pad_token_id = own
     logits = torch.cat(out)
     if not logits.isfinite().all():
         row = int((~logits.isfinite().all(-1)).nonzero()[0])
