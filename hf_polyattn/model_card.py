@@ -89,7 +89,7 @@ def model_card(
     """
     results, twin = portable(results or {}), portable(twin or {})
     arguments = results.get("arguments", {})
-    base_model = base_model or _hub_name(arguments.get("model"))
+    base_model = base_model or base_of(results)
     dataset = _hub_dataset(arguments.get("dataset"))
     task = _pipeline_tag(model)
     scores, twin_scores = published_scores(results), published_scores(twin)
@@ -254,6 +254,11 @@ def _differences(results: Mapping[str, Any], twin: Mapping[str, Any]) -> list[st
 def _pipeline_tag(model: PreTrainedModel) -> str:
     name = type(model).__name__
     return next((task for end, task in PIPELINES.items() if name.endswith(end)), "feature-extraction")
+
+
+def base_of(results: Mapping[str, Any]) -> str | None:
+    """What a model was made from, as its results say, where that can be a model on the Hub."""
+    return _hub_name(portable(results.get("arguments", {}).get("model")))
 
 
 def _hub_name(value: Any) -> str | None:

@@ -7,6 +7,7 @@ from cli_runs import TEXT, run, save, write
 from models import HEADS, LAYERS
 from transformers import AutoModel
 
+from hf_polyattn.commands import inspect
 from hf_polyattn.diagnostics import STATISTICS
 
 
@@ -53,7 +54,9 @@ def test_a_stock_encoder_is_measured_too(tmp_path, capsys):
         (("--text", "SHORT"), "and at least 128 are needed"),
     ],
 )
-def test_mistakes_are_one_line(words, message, checkpoint, tmp_path, capsys):
+def test_mistakes_are_one_line(words, message, checkpoint, tmp_path, monkeypatch, capsys):
+    if "SHORT" not in words:
+        monkeypatch.setattr(inspect, "load_checkpoint", lambda path: pytest.fail("a model was loaded"))
     short = write(tmp_path / "short.txt", "a few words")
     code, _, err = run(capsys, "inspect", checkpoint[0], *(short if word == "SHORT" else word for word in words))
     assert code == 1

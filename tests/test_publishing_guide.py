@@ -95,6 +95,13 @@ def test_errors_are_one_line(runs, capsys, words, message):
     assert not (runs / "cubic" / "best" / "README.md").exists()
 
 
+def test_a_missing_licence_is_told_before_anything_is_written(runs):
+    folder = runs / "cubic" / "best"
+    before = sorted(folder.iterdir())
+    assert main(["card", str(folder), "--results", "runs/cubic/results.json"]) == 1
+    assert sorted(folder.iterdir()) == before
+
+
 def test_flags_of_the_guide_are_there():
     actions = build_parser()._subparsers._group_actions[0].choices
     for command in ("card", "push"):

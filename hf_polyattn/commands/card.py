@@ -5,8 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..figures import copy_beside, draw_losses
-from ..hub import CARD
-from ..model_card import model_card, portable, read_results
+from ..hub import CARD, license_of
+from ..model_card import base_of, model_card, portable, read_results
 from ..training.diagnosing import FIGURE
 from .loading import load_checkpoint
 
@@ -16,6 +16,10 @@ def run(args: Namespace) -> str:
     folder = Path(args.path)
     out = Path(args.out) if args.out else folder / CARD
     results, twin = (read_results(path) if path else None for path in (args.results, args.twin))
+    base_model = args.base_model or base_of(results or {})
+    license = args.license or license_of(base_model)
+    if license is None:
+        raise ValueError("the licence cannot be told from the base model: name it, such as --license apache-2.0")
     model = load_checkpoint(args.path)
     out.parent.mkdir(parents=True, exist_ok=True)
     runs = {"this model": args.results, "softmax twin": args.twin}
@@ -28,13 +32,11 @@ def run(args: Namespace) -> str:
         results,
         twin,
         name=args.name or folder.resolve().name,
-        base_model=args.base_model,
-        license=args.license,
+        base_model=base_model,
+        license=license,
         figure=figure,
         norms_figure=norms,
     )
-    if text.data.get("license") is None:
-        raise ValueError("the licence cannot be told from the base model: name it, such as --license apache-2.0")
     text.save(out)
     written = {
         "card": str(out),

@@ -16,13 +16,15 @@ from .loading import batches_of, check_vocabulary, holds_adapters, load_adapted,
 
 def run(args: Namespace) -> str:
     """Coverage, configuration and learned state of args.path, as tables or as JSON."""
+    if args.figure and not args.text:
+        raise ValueError("--figure shows what a text makes of the heads: give --text FILE too")
+    if args.text and not Path(args.text).is_file():
+        raise FileNotFoundError(f"no such text: {args.text}")
     model, adapters = load_adapted(args.path) if holds_adapters(args.path) else (load_checkpoint(args.path), None)
     covered = coverage(model)
     settings = read_settings(model.config) if isinstance(model, PolyModelMixin) else None
     tensors = {name: dict(state.state_dict()) for name, state in states(model).items()}
     count = sum(p.numel() for p in model.parameters())
-    if args.figure and not args.text:
-        raise ValueError("--figure shows what a text makes of the heads: give --text FILE too")
     report = _measured(model, args) if args.text else None
     if args.figure:
         gains = {name: dict(zip(s.heads, s.gain.tolist(), strict=True)) for name, s in states(model).items()}
@@ -58,11 +60,9 @@ def run(args: Namespace) -> str:
 
 def _measured(model: PreTrainedModel, args: Namespace) -> AttentionReport:
     """Statistics of every head on the start of a text."""
-    file = Path(args.text)
-    if not file.is_file():
-        raise FileNotFoundError(f"no such text: {file}")
     tokenizer = own_tokenizer(args.tokenizer or args.path)
     if tokenizer is None:
         raise ValueError(f"{args.path} has no tokenizer, and --text needs one: name it with --tokenizer")
     check_vocabulary(tokenizer, model, args.path)
-    return attention_statistics(model.eval(), [{"input_ids": ids} for ids in batches_of(tokenizer, file, model)])
+    batches = batches_of(tokenizer, Path(args.text), model)
+    return attention_statistics(model.eval(), [{"input_ids": ids} for ids in batches])
