@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .ops.masks import split_mask
 from .recurrent_layer import KeysWithPast
-from .state import softmax_attention
+from .state import PolyAttentionState, softmax_attention
 
 NAME = "polyattn"
 RETURN_WEIGHTS = "_polyattn_return_weights"
@@ -100,7 +100,7 @@ def polyattn_attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _state_of(module: nn.Module) -> Any:
+def _state_of(module: nn.Module) -> PolyAttentionState | None:
     try:
         return getattr(module, NAME)
     except AttributeError:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .activations import get_activation
+from .config import PolyAttentionConfig
 from .converting.report import ConversionReport
 from .hub import license_of
 from .models import PolyModelMixin, auto_classes, read_settings, states
@@ -192,7 +193,7 @@ def published_scores(results: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
-def _summary(stock: str, settings: Any, base_model: str | None) -> str:
+def _summary(stock: str, settings: PolyAttentionConfig | None, base_model: str | None) -> str:
     source = f", made from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     if settings is None:
         return f"A {stock} with softmax attention{source}."

@@ -202,7 +202,7 @@ def states(model: nn.Module) -> dict[str, PolyAttentionState]:
     return found
 
 
-def _floating(module: nn.Module, model: PreTrainedModel) -> Any:
+def _floating(module: nn.Module, model: PreTrainedModel) -> nn.Parameter | None:
     """A parameter to take dtype and device from; quantized ones are stored as integers."""
     candidates = (p for source in (module, model) for p in source.parameters())
     return next((p for p in candidates if p.is_floating_point() and p.element_size() > 1), None)

@@ -288,7 +288,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
 @contextlib.contextmanager
 def patched(
     model: PreTrainedModel, activation: str = "poly", degree: int | None = None, **kwargs: Any
-) -> Iterator[Any]:
+) -> Iterator[PreTrainedModel]:
     """`patch_model` for the length of a with block; the model comes out as it went in."""
     _check_unpatched(model)
     patch_model(model, activation, degree, **kwargs)

@@ -24,7 +24,7 @@ from ..steps import without_cache
 from ..training.data import load_texts, pack, tokenise, training_view
 from ..training.masking import masking_collator
 from ..training.metrics import Regression
-from ..training.order import Numbered, RandomWindows, Shuffled
+from ..training.order import Numbered, Shuffled
 
 PAIRS = 2000
 """Pairs of held-out texts whose cosines are ranked."""
@@ -224,8 +224,9 @@ def _encode_lines(
     return dict(tokenizer(lines, truncation=True, max_length=length)) if lines else {"input_ids": []}
 
 
-def _all(rows: Any, collate: Callable[..., dict[str, Any]], size: int, most: int) -> list[dict[str, Any]]:
+def _all(
+    rows: Dataset | Numbered, collate: Callable[..., dict[str, Any]], size: int, most: int
+) -> list[dict[str, Any]]:
     """The first batches of `rows` in their order, at most so many."""
-    chosen: Dataset | Numbered | Shuffled | RandomWindows = rows
-    loader = DataLoader(chosen, batch_size=size, collate_fn=collate, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(rows, batch_size=size, collate_fn=collate, generator=torch.Generator().manual_seed(0))
     return [dict(batch) for batch in islice(loader, most)]
