@@ -11,7 +11,7 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from .architectures import get_architecture, head_dim
+from .architectures import get_architecture, head_dim, unit_spread
 from .attention import NAME
 
 _SPREAD = "_polyattn_started_spread"
@@ -59,8 +59,6 @@ def start_scores(model: PreTrainedModel, *, spread: float | None = None, mean: f
                 state.spread *= factor**2
                 state.alpha.mul_(state.analytic_alpha() / before)
         if mean is not None:
-            size = head_dim(module)
-            scaling = getattr(module, "scaling", None) or size**-0.5
-            constant = math.sqrt(mean / (scaling * size))
+            constant = math.sqrt(mean / (unit_spread(module) * head_dim(module) ** 0.5))
             for bias in biases:
                 bias.fill_(constant)
