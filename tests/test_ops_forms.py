@@ -115,6 +115,31 @@ def test_second_derivative_is_refused_with_the_remedy():
     grad.sum().backward()
 
 
+@pytest.mark.parametrize("form", ["tiled", "recurrent", "auto"])
+@pytest.mark.parametrize("of", [0, 1, 2, 3])
+def test_a_second_derivative_by_the_input_alone_is_refused_too(form, of):
+    """No parameter stands before the attention: whatever the gradient was computed from has to lead to the refusal."""
+    given = [*torch.randn(3, 1, 1, 5, 2, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        q, k, v, c = (x if i == of else y for i, y in enumerate(given))
+        options = {"coefficients": c, "normalization": "length", "backend": form}
+        return polynomial_attention(q, k, v, **options).square().sum()  # type: ignore[union-attr]
+
+    with pytest.raises(RuntimeError, match='no second derivative: use backend="naive"'):
+        torch.autograd.functional.hessian(loss, given[of])
+
+
+@pytest.mark.parametrize("form", ["tiled", "recurrent"])
+def test_a_second_derivative_by_the_incoming_gradient_is_refused_too(form):
+    q, k, v = torch.randn(3, 1, 1, 5, 2, dtype=torch.float64)
+    out = polynomial_attention(q.requires_grad_(), k, v, degree=2, normalization="length", backend=form)
+    incoming = torch.ones_like(out, requires_grad=True)
+    (grad,) = torch.autograd.grad(out, q, incoming, create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative: use backend="naive"'):
+        torch.autograd.grad(grad.sum(), incoming)
+
+
 @pytest.mark.parametrize("form", ["naive", "tiled"])
 def test_dropout_obeys_the_seed(form):
     q, k, v = torch.randn(3, 2, 2, 65, 8)

@@ -28,7 +28,7 @@ from .inplace import horner_into, power_into, slope_coefficients
 from .monomials import Monomials
 from .normalization import EPS, scale_of_total
 from .precision import compute_dtype
-from .results import RefuseDerivative, like_query
+from .results import like_query, refuse_derivative
 
 # rows and keys of a chunk: the more features, the more of its own score matrix a chunk can afford
 CHUNK, LONG_CHUNK, MANY = 128, 256, 256
@@ -283,9 +283,7 @@ class RecurrentAttention(torch.autograd.Function):
             scan = Scan(query, key, value, coefficients, key_keep, ctx.options)
             grads = _backward(grad, ctx.needs_input_grad, scan)
         if torch.is_grad_enabled():
-            grads = tuple(
-                None if g is None else RefuseDerivative.apply(g.requires_grad_(), "recurrent") for g in grads
-            )
+            grads = refuse_derivative("recurrent", grads, (grad, query, key, value, coefficients))
         return (*grads, None, None)
 
 

@@ -19,14 +19,24 @@ def like_query(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(batch, heads, queries, width, dtype=dtype, device=query.device)
 
 
+def refuse_derivative(
+    form: str, grads: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a form, tied to the tensors they were computed from: derivatives by those are refused.
+
+    Without the tie, a derivative by the sources would not pass here, and would be 0 without a word.
+    """
+    return tuple(None if g is None else RefuseDerivative.apply(g, form, *sources) for g in grads)
+
+
 class RefuseDerivative(torch.autograd.Function):
-    """Identity with an explanation in place of a derivative."""
+    """Identity in x, as a function of its sources whose derivative is an explanation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, form: str, *sources: Tensor | None) -> Tensor:
         ctx.form = form
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(ONCE.format(form=ctx.form))

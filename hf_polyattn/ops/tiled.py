@@ -27,7 +27,7 @@ from torch import Tensor
 from .inplace import keep_only, slope_coefficients
 from .normalization import NORMALIZED, scale_of_total, subtract_scale_gradient, tile_total
 from .precision import compute_dtype
-from .results import RefuseDerivative, like_query
+from .results import like_query, refuse_derivative
 from .sweep import Options, Sweep, stack
 from .tiles import cut
 
@@ -114,7 +114,8 @@ class TiledAttention(torch.autograd.Function):
         with torch.no_grad():
             grads = _backward(grad, ctx.options, ctx.needs_input_grad, *ctx.saved_tensors)
         if torch.is_grad_enabled():
-            grads = tuple(None if g is None else RefuseDerivative.apply(g.requires_grad_(), "tiled") for g in grads)
+            query, key, value, coefficients, bias, *_ = ctx.saved_tensors
+            grads = refuse_derivative("tiled", grads, (grad, query, key, value, coefficients, bias))
         return (*grads, None, None, None)
 
 
