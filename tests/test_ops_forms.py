@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import CASES, IDS, NORMALIZATIONS, SHAPES, degree_of, error, inputs, masking, refused, run
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -138,6 +139,44 @@ def test_a_second_derivative_by_the_incoming_gradient_is_refused_too(form):
     (grad,) = torch.autograd.grad(out, q, incoming, create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative: use backend="naive"'):
         torch.autograd.grad(grad.sum(), incoming)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("transform", ["jacfwd", "jacrev", "grad", "vmap", "dual"])
+def test_transforms_take_the_definition(transform, rows, dtype):
+    q, k, v = torch.randn(1, 2, rows, 4, dtype=dtype), *torch.randn(2, 1, 2, 5, 4, dtype=dtype)
+
+    def through(form: str) -> torch.Tensor:
+        def block(x: torch.Tensor) -> torch.Tensor:
+            out = polynomial_attention(x, k, v, degree=2, normalization="length", backend=form)
+            return out.sum() if transform == "grad" else out  # type: ignore[union-attr, return-value]
+
+        if transform == "dual":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(block(forward_ad.make_dual(q, torch.ones_like(q)))).tangent
+        return getattr(torch.func, transform)(block)(q[None] if transform == "vmap" else q)
+
+    expected = through("naive")
+    assert expected.abs().max() > 0
+    assert torch.equal(through("auto"), expected)
+    for form in ("tiled", "recurrent", *(["cpu"] if dtype == torch.float32 else [])):
+        with pytest.raises(ValueError, match='torch.func; use backend="naive"'):
+            through(form)
+
+
+@pytest.mark.parametrize("name", ["key", "value", "coefficients", "gain", "bias"])
+def test_a_tangent_of_any_argument_is_noticed(name):
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    given = {"query": q, "key": k, "value": v, "coefficients": torch.ones(2, 4), "gain": torch.ones(2)}
+    given |= {"bias": torch.zeros(5, 5)} if name == "bias" else {}
+
+    def tangent(form: str) -> torch.Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+            return forward_ad.unpack_dual(polynomial_attention(**given | {name: dual}, backend=form)).tangent
+
+    assert torch.equal(tangent("auto"), tangent("naive"))
 
 
 @pytest.mark.parametrize("form", ["naive", "tiled"])

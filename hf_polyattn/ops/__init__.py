@@ -23,6 +23,7 @@ from .one_row import attend_row
 from .precision import compute_dtype, no_autocast, to_dtype
 from .recurrent import Past, recurrent_attention
 from .tiled import tiled_attention
+from .transforms import is_transformed
 
 
 def polynomial_attention(
@@ -72,7 +73,8 @@ def polynomial_attention(
         bias: added to the scores, broadcastable to [B, H, T, S].
         return_weights: also return the weights [B, H, T, S] (O(T S) memory, the naive form).
         backend: "auto", "recurrent" (cost linear in the length), "cpu" (compiled on first use), "fused" (Triton, on
-            GPUs), "tiled" or "naive".
+            GPUs), "tiled" or "naive", which alone has forward-mode and second derivatives and knows torch.func; "auto"
+            takes it in forward mode and inside of torch.func's transforms.
     Returns:
         [B, H, T, Dv] in the query's dtype, and the weights when asked for.
     Raises:
@@ -200,6 +202,8 @@ def attend(
         head_dim=query.shape[3],
         value_dim=value.shape[3],
         wants_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
+        # the sums of a past are computed by plain torch
+        is_transformed=past is None and is_transformed(query, key, value, coefficients, alpha, beta, gain, bias),
         masking=Masking((query.shape[2], key.shape[2]), **masking),
     )
     if past is not None and return_weights:

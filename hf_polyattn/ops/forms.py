@@ -33,6 +33,8 @@ class Call:
     head_dim: int = 64
     value_dim: int = 64
     wants_gradient: bool = False
+    is_transformed: bool = False
+    """In forward mode or by torch.func; see `transforms`."""
     masking: Masking = field(default=Masking((1, 1)), repr=False)
 
 
@@ -148,7 +150,7 @@ def choose_form(backend: str, call: Call) -> str:
     """The name of the form.
 
     Only the definition has weights to return, so `return_weights` takes it whatever the backend; a compiled graph
-    takes it in place of "tiled".
+    takes it in place of "tiled", and "auto" where the call is transformed.
 
     Raises:
         ValueError: for an unknown backend, or one that was asked for by name and cannot compute the call.
@@ -157,7 +159,16 @@ def choose_form(backend: str, call: Call) -> str:
         raise ValueError(f'backend must be "auto" or one of {", ".join(FORMS)}, got {backend!r}')
     if backend != "auto" and (reason := FORMS[backend].refusal(call)):
         raise ValueError(f'backend="{backend}" cannot compute this call: {reason}; use backend="auto"')
-    if call.return_weights or (backend == "tiled" and torch.compiler.is_compiling()):
+    if call.is_transformed and backend not in ("auto", "naive"):
+        raise ValueError(
+            f'backend="{backend}" cannot compute this call: it has no forward-mode derivative and none of the '
+            'transforms of torch.func; use backend="naive"'
+        )
+    if (
+        call.return_weights
+        or (backend == "auto" and call.is_transformed)
+        or (backend == "tiled" and torch.compiler.is_compiling())
+    ):
         return "naive"
     if backend == "auto":
         backend = next(name for name, form in FORMS.items() if form.suits(call) and not form.refusal(call))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .transforms import is_transformed
 
 # the logger of all choices of a form
 logger = logging.getLogger(f"{__package__}.forms")
@@ -40,8 +41,8 @@ def attend_row(
         degree: not read with coefficients [H, p + 1].
         keep: bool, broadcastable to [B, H, 1, S].
     Returns:
-        [B, H, 1, Dv]; None where the general way has to be taken: more rows than one, gradients, another device or
-        dtype, no compiled form, options out of range, or a graph that is being compiled.
+        [B, H, 1, Dv]; None where the general way has to be taken: more rows than one, gradients, torch.func, another
+        device or dtype, no compiled form, options out of range, or a graph that is being compiled.
     Raises:
         ValueError: for shapes that do not fit.
     """
@@ -59,10 +60,11 @@ def attend_row(
         degree = coefficients.shape[-1] - 1
     if not 1 <= degree <= cpu.MAX_DEGREE or (sliding_window is not None and sliding_window < 1):
         return None
-    if torch.is_grad_enabled():
-        given = (query, key, value, coefficients, alpha, beta, gain)
-        if any(x is not None and x.requires_grad for x in given):
-            return None
+    given = (query, key, value, coefficients, alpha, beta, gain)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return None
+    if is_transformed(*given):
+        return None
     if (step := cpu.step()) is None:
         return None
     if logger.isEnabledFor(logging.DEBUG):
