@@ -364,3 +364,18 @@ def test_the_tiled_form_refuses_other_activations():
     x = torch.randn(1, 1, 3, 2)
     with pytest.raises(ValueError, match='polynomials only; use backend="auto"'):
         attend(x, x, x, phi=torch.sigmoid, backend="tiled")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_not_floating_point_is_refused(rows, which, dtype):
+    given = [x.to(dtype) if i == which else x for i, x in enumerate(tensors(1, rows, 3, 2, dtype=torch.float32))]
+    with pytest.raises(TypeError, match=rf"must be floating point, got .*{dtype}.*query.float\(\)"):
+        polynomial_attention(*given, degree=2)
+
+
+def test_floating_point_dtypes_may_differ():
+    q, k, v = tensors(1, 3, 3, 2, dtype=torch.float32)
+    out = polynomial_attention(q.bfloat16(), k.bfloat16(), v, degree=2)
+    assert out.dtype == torch.bfloat16

@@ -80,6 +80,7 @@ def polynomial_attention(
     Raises:
         ValueError: for shapes or options that do not fit, and for "sum" with a polynomial that falls below 0 (outside
             torch.compile).
+        TypeError: for query, key or value of integers, bools or complex numbers.
         OverflowError: when a float16 output leaves float16's range (outside torch.compile).
         RuntimeError: when a gradient of any form but "naive" is differentiated again.
     """

@@ -25,6 +25,12 @@ def check_shapes(
         raise ValueError(f"batch, key length, key heads and head_dim must agree; got {_shapes(q, k, v)}")
     if k[1] == 0 or q[1] % k[1]:
         raise ValueError(f"the number of query heads must be a multiple of the key heads; got {_shapes(q, k, v)}")
+    # dtypes may differ: autocast mixes them
+    if not (query.is_floating_point() and key.is_floating_point() and value.is_floating_point()):
+        raise TypeError(
+            f"query, key and value must be floating point, got {query.dtype}, {key.dtype} and {value.dtype}; "
+            "convert them first, as in query.float()"
+        )
     full = (*q[:3], k[2])
     for name, mask in (("keep", keep), ("bias", bias)):
         if mask is not None and not _broadcasts(mask.shape, full):
