@@ -125,7 +125,7 @@ def test_a_second_derivative_by_the_input_alone_is_refused_too(form, of):
     def loss(x: torch.Tensor) -> torch.Tensor:
         q, k, v, c = (x if i == of else y for i, y in enumerate(given))
         options = {"coefficients": c, "normalization": "length", "backend": form}
-        return polynomial_attention(q, k, v, **options).square().sum()  # type: ignore[union-attr]
+        return polynomial_attention(q, k, v, **options).square().sum()
 
     with pytest.raises(RuntimeError, match='no second derivative: use backend="naive"'):
         torch.autograd.functional.hessian(loss, given[of])
@@ -150,7 +150,7 @@ def test_transforms_take_the_definition(transform, rows, dtype):
     def through(form: str) -> torch.Tensor:
         def block(x: torch.Tensor) -> torch.Tensor:
             out = polynomial_attention(x, k, v, degree=2, normalization="length", backend=form)
-            return out.sum() if transform == "grad" else out  # type: ignore[union-attr, return-value]
+            return out.sum() if transform == "grad" else out
 
         if transform == "dual":
             with forward_ad.dual_level():

@@ -164,11 +164,7 @@ def choose_form(backend: str, call: Call) -> str:
             f'backend="{backend}" cannot compute this call: it has no forward-mode derivative and none of the '
             'transforms of torch.func; use backend="naive"'
         )
-    if (
-        call.return_weights
-        or (backend == "auto" and call.is_transformed)
-        or (backend == "tiled" and torch.compiler.is_compiling())
-    ):
+    if call.return_weights or call.is_transformed or (backend == "tiled" and torch.compiler.is_compiling()):
         return "naive"
     if backend == "auto":
         backend = next(name for name, form in FORMS.items() if form.suits(call) and not form.refusal(call))
