@@ -104,9 +104,12 @@ def _state_of(module: nn.Module) -> PolyAttentionState | None:
     try:
         return getattr(module, NAME)
     except AttributeError:
+        remedies = ["call patch_model on a stock model", "load a polynomial checkpoint through its Auto class"]
+        if getattr(getattr(module, "config", None), NAME, None):
+            # a polynomial checkpoint in a stock class: a patch would not bring its numbers back
+            remedies.reverse()
         raise ValueError(
-            f"{type(module).__name__} was asked for {NAME!r} attention but never patched: call patch_model "
-            "on a stock model, or load a polynomial checkpoint through its Auto class"
+            f"{type(module).__name__} was asked for {NAME!r} attention but never patched: {', or '.join(remedies)}"
         ) from None
 
 

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import Architecture, get_architecture, is_registered, registered
 from .attention import NAME
 from .config import PolyAttentionConfig
-from .models import chosen_heads, chosen_layers
+from .models import PolyModelMixin, auto_classes, chosen_heads, chosen_layers
+from .remote_code import documented_auto_class
 from .state import PolyAttentionState
 
 
@@ -52,7 +53,8 @@ def check_adapters(model: nn.Module, base: PreTrainedModel, config: PolyAttentio
 
 
 def check_patchable(model: PreTrainedModel, config: PolyAttentionConfig) -> None:
-    """Raises where a patch would cover nothing, or another part of the model than asked for."""
+    """Raises where a patch would cover nothing, or other parts than asked for, or lose what was learned."""
+    _check_class(model)
     entry = architecture_of(model)
     _check_interface(model)
     modules = dict(entry.attention_modules(model))
@@ -110,6 +112,20 @@ def _check_interface(model: PreTrainedModel) -> None:
             f"{type(model).__name__} computes its attention by itself and not through transformers' AttentionInterface"
             ": it cannot be patched"
         )
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    """Raises for a polynomial checkpoint in a class that is not of this package, which has not loaded its numbers."""
+    if isinstance(model, PolyModelMixin) or not getattr(model.config, NAME, None):
+        return
+    # the code beside a checkpoint has classes of its own, below the stock ones
+    autos = [auto_classes(cls) for cls in type(model.config).__mro__ if issubclass(cls, PretrainedConfig)]
+    names = {auto.__name__: stock.__name__ for auto, stock in next(filter(None, autos), [])}
+    auto = documented_auto_class([cls.__name__ for cls in type(model).__mro__], names)
+    raise ValueError(
+        f"this checkpoint is polynomial, and {type(model).__name__} is not the class that loads its learned numbers: "
+        f"import hf_polyattn, and load it with {auto}.from_pretrained; that model may be patched anew"
+    )
 
 
 def _calls_interface(cls: type) -> bool:

@@ -5,6 +5,7 @@ import torch
 from models import (
     batch_for,
     output,
+    patched_tiny,
     tiny,
     tiny_config,
 )
@@ -12,9 +13,11 @@ from patch_traces import refuses, traces
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     GPT2LMHeadModel,
+    GPT2Model,
     MambaConfig,
     MambaForCausalLM,
     Qwen2Config,
@@ -178,5 +181,20 @@ def test_versions_are_checked_before_anything_is_changed(monkeypatch):
 def test_asking_a_stock_model_for_polyattn_is_refused():
     model = tiny("gpt2")
     model.set_attn_implementation("polyattn")
-    with pytest.raises(ValueError, match="never patched"):
+    with pytest.raises(ValueError, match="never patched: call patch_model on a stock model, or load"):
         output(model)
+
+
+def test_a_polynomial_checkpoint_in_a_stock_class_is_refused_with_the_class_that_loads_it(tmp_path):
+    patched_tiny("gpt2").save_pretrained(tmp_path)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    before = traces(model)
+    refuses("is polynomial, and GPT2LMHeadModel is not .* load it with AutoModelForCausalLM.from_pretrained", model)
+    refuses("load it with AutoModel.from_pretrained", GPT2Model.from_pretrained(tmp_path), degree=2)
+    with pytest.raises(
+        ValueError, match="never patched: load a polynomial checkpoint through its Auto class, or call"
+    ):
+        output(model)
+    assert traces(model) == before
+    # what was unpatched, or never was polynomial, has no block
+    patch_model(unpatch_model(AutoModelForCausalLM.from_pretrained(tmp_path)))
