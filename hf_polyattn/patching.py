@@ -104,7 +104,8 @@ def patch_model(
             measured numbers that still mean the same are kept, so that another `backend`, another choice of layers and
             heads or of what is learned loses nothing. Coefficients start anew with another activation, degree or
             init_coefficients; alpha, beta and gain, which fit one function, also with another normalization or
-            qk_norm, when they are named anew or calibrated. The normalization is kept too where the function is
+            qk_norm, when they are named anew or calibrated. Parameters of the same shape stay the same objects, so
+            that an optimizer goes on with them. The normalization is kept too where the function is
             otherwise the same, unless fit="coefficients" cannot work in it.
         activation: "poly", "monomial" (the paper's s^p / sqrt n), "softmax", "relu", "sigmoid" or a registered name.
         degree: of the polynomial; default 3.
@@ -182,6 +183,10 @@ def apply_patch(
                 kept |= state.keep(earlier[name], calibrated=batches is not None)
         if batches is not None:
             reports.append(calibrate_model(base, batches, fit, **({"target": target} if fit == "gain" else {})))
+    # only here, where nothing can fail any more: a patch that fails gives the earlier numbers back
+    for name, state in states(base).items():
+        if name in earlier:
+            state.reuse_parameters(earlier[name])
     if batches is not None and fit == "coefficients":
         kept.discard("coefficients")
     return [*reports, f"{coverage(base)}{_what_became_of(before, earlier, config, states(base), kept)}"]

@@ -161,6 +161,19 @@ class PolyAttentionState(nn.Module):
             tensor[[mine.index(head) for head in common]] = source[[theirs.index(head) for head in common]].to(tensor)
         return set(names)
 
+    @torch.no_grad()
+    def reuse_parameters(self, old: "PolyAttentionState") -> None:
+        """Puts the numbers of this state into the Parameters of an earlier one of the same module, where they fit.
+
+        An optimizer, and whoever else holds these Parameters, goes on with the model then.
+        """
+        for name, mine in list(self.named_parameters(recurse=False)):
+            theirs = old._parameters.get(name)
+            if theirs is None or (theirs.shape, theirs.dtype, theirs.device) != (mine.shape, mine.dtype, mine.device):
+                continue
+            theirs.copy_(mine)
+            self.register_parameter(name, theirs)
+
     def analytic_alpha(self) -> float:
         """One over the root of the spread; under "sqrt_length" over the whole, for the scores `analytic_gain` assumes.
 

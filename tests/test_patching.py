@@ -290,6 +290,38 @@ def test_heads_that_stay_patched_keep_their_numbers():
     assert torch.equal(state_of(model)["transformer.h.0.attn.polyattn.coefficients"][[0, 3]], after)
 
 
+@pytest.mark.parametrize("options", [{"backend": "naive"}, {"calibrate": True, "fit": "coefficients"}], ids=str)
+def test_an_optimizer_made_before_a_second_patch_trains_on(options):
+    model = patch_model(tiny("gpt2"), learn_gain=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learned = [p for name, p in model.named_parameters() if ".polyattn." in name]
+    learned[0].requires_grad_(False)
+    if "calibrate" in options:
+        options = {**options, "calibrate": [batch_for(model)]}
+    patch_model(model, learn_gain=True, **options)
+    now = [p for name, p in model.named_parameters() if ".polyattn." in name]
+    assert all(one is other for one, other in zip(learned, now, strict=True))
+    assert [p.requires_grad for p in now] == [False, True, True, True]
+    before = state_of(model)
+    model(**batch_for(model))[0].square().mean().backward()
+    optimizer.step()
+    moved = {key for key, tensor in state_of(model).items() if not torch.equal(tensor, before[key])}
+    assert len(moved) == 3
+    # of another shape it is another one
+    patch_model(model, degree=2)
+    assert next(iter(states(model).values())).coefficients.shape == (4, 3)
+
+
+def test_a_second_patch_that_fails_leaves_the_parameters_and_their_numbers():
+    model = patch_model(tiny("gpt2"))
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    nan = {"inputs_embeds": torch.full((1, 4, 32), torch.nan, dtype=torch.float64)}
+    refuses("not finite", model, calibrate=[batch_for(model), nan], fit="coefficients")
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
 def test_options_may_come_as_a_config():
     config = PolyAttentionConfig(degree=2, normalization="l1")
     model = patch_model(tiny("gpt2"), config=config)
