@@ -99,6 +99,8 @@ def resolve_config(entry: Activation | str, *, calibrated: bool = False, **optio
     if not entry.is_polynomial:
         if set(options) & {"coefficients", "init_coefficients"}:
             raise ValueError(f'activation {entry.name!r} has no coefficients; use activation="poly"')
+        if "degree" in options:
+            raise ValueError(f'activation {entry.name!r} has no degree: leave degree out, or use activation="poly"')
         values.setdefault("coefficients", "monomial")
     elif isinstance(values.get("coefficients"), (tuple, list)) and "degree" not in options:
         values["degree"] = len(values["coefficients"]) - 1

@@ -139,6 +139,8 @@ def test_wrapped_and_compiled_models_are_refused(tmp_path):
         ("heads names layers .0. that layers= leaves out", {"layers": [1], "heads": {0: [1]}}),
         ("unknown activation 'cubic'", {"activation": "cubic"}),
         ("degree must be an integer", {"degree": 0}),
+        ("activation 'relu' has no degree", {"activation": "relu", "degree": 3}),
+        ("activation 'softmax' has no degree", {"activation": "softmax", "degree": 2, "qk_norm": True}),
         ('"sum" needs weights of one sign', {"normalization": "sum"}),
         ('"sum" needs weights of one sign', {"config": PolyAttentionConfig(normalization="sum")}),
         ("relative to each row's maximum", {"activation": "softmax", "normalization": "length"}),
@@ -150,6 +152,11 @@ def test_options_that_do_not_fit_are_refused(match, options):
     before = traces(model)
     refuses(match, model, **options)
     assert traces(model) == before
+
+
+def test_a_whole_config_without_a_degree_of_its_own_fits_any_activation():
+    config = PolyAttentionConfig(activation="relu", coefficients="monomial", normalization="length")
+    assert coverage(patch_model(tiny("gpt2"), config=config)).activation == "relu"
 
 
 def test_a_misspelt_option_is_refused_with_the_nearest_one():
