@@ -59,6 +59,7 @@ def register_activation(
             `{"normalization": "length"}`.
         exponential: subtract each row's maximum score first (only correct under normalization "sum").
     Raises:
+        TypeError: when phi is no function.
         ValueError: when the name is taken and `exist_ok` is False.
 
     Example:
@@ -67,6 +68,8 @@ def register_activation(
     """
     if name in _REGISTRY and not exist_ok:
         raise ValueError(f"activation {name!r} is already registered; pass exist_ok=True to replace it")
+    if phi is not None and not callable(phi):
+        raise TypeError(f"phi must be a function of (scores, row lengths), or None for a polynomial, got {phi!r}")
     entry = Activation(name, phi, dict(defaults or {}), exponential)
     resolve_config(entry)  # a bad default must fail here, not in the first model that is patched
     _REGISTRY[name] = entry
@@ -74,7 +77,9 @@ def register_activation(
 
 
 def get_activation(name: str) -> Activation:
-    """Raises ValueError, with the names there are, when `name` is unknown."""
+    """Raises ValueError, with the names there are, when `name` is unknown, and TypeError for what is no name."""
+    if not isinstance(name, str):
+        raise TypeError(f'activation must be a name such as "poly", got {name!r}; of a polynomial, pass degree=3')
     if name not in _REGISTRY:
         raise ValueError(
             f"unknown activation {name!r}; registered: {', '.join(sorted(_REGISTRY))}. "
@@ -93,7 +98,7 @@ def resolve_config(entry: Activation | str, *, calibrated: bool = False, **optio
         TypeError: for the name of an option that there is not, with the nearest one.
     """
     check_options({*options, *(entry.defaults if isinstance(entry, Activation) else ())})
-    if isinstance(entry, str):
+    if not isinstance(entry, Activation):
         entry = get_activation(entry)
     values = {"activation": entry.name, **entry.defaults, **options}
     if not entry.is_polynomial:

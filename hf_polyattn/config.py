@@ -59,9 +59,9 @@ class PolyAttentionConfig:
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen, so set through object
         if isinstance(self.coefficients, Iterable) and not isinstance(self.coefficients, str):
-            put("coefficients", tuple(float(c) for c in self.coefficients))
+            put("coefficients", _floats("coefficients", self.coefficients))
         if self.init_coefficients is not None:
-            put("init_coefficients", tuple(float(c) for c in self.init_coefficients))
+            put("init_coefficients", _floats("init_coefficients", self.init_coefficients))
         if self.layers is not None:
             put("layers", tuple(sorted(_ints("layers", self.layers))))
         if self.heads is not None:
@@ -79,7 +79,7 @@ class PolyAttentionConfig:
             raise ValueError(f"activation must be the name of a registered activation, got {self.activation!r}")
         if not isinstance(self.degree, int) or isinstance(self.degree, bool) or not 1 <= self.degree <= MAX_DEGREE:
             raise ValueError(f"degree must be an integer from 1 to {MAX_DEGREE}, got {self.degree!r}")
-        if isinstance(self.coefficients, str) and self.coefficients not in COEFFICIENTS:
+        if not isinstance(self.coefficients, tuple) and self.coefficients not in COEFFICIENTS:
             raise ValueError(f"coefficients must be one of {COEFFICIENTS} or numbers, got {self.coefficients!r}")
         for name in ("coefficients", "init_coefficients"):
             value = getattr(self, name)
@@ -164,7 +164,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _ints(name: str, values: Iterable[Any]) -> list[int]:
+def _floats(name: str, values: Any) -> tuple[float, ...]:
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers c_0, c_1, ... c_p, such as (0, 1, 0.5), got {values!r}") from None
+
+
+def _ints(name: str, values: Any) -> list[int]:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{name} must be a list of integers such as [0, 1], got {values!r}")
     values = list(values)
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{name} must be integers, got {values}")
@@ -176,7 +187,11 @@ def _ints(name: str, values: Iterable[Any]) -> list[int]:
 def _heads(heads: Mapping[Any, Iterable[int]]) -> dict[int, tuple[int, ...]]:
     if not isinstance(heads, Mapping) or not heads:
         raise ValueError(f"heads must map layer indices to head indices, for example {{0: [1, 2]}}, got {heads!r}")
-    out = {int(layer): tuple(sorted(_ints(f"heads[{layer}]", chosen))) for layer, chosen in heads.items()}
+    try:
+        by_layer = {int(layer): chosen for layer, chosen in heads.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"heads must map layer indices to head indices, got the layers {list(heads)}") from None
+    out = {layer: tuple(sorted(_ints(f"heads[{layer}]", chosen))) for layer, chosen in by_layer.items()}
     if empty := [layer for layer, chosen in out.items() if not chosen]:
         raise ValueError(f"heads is empty for layers {empty}: leave such layers out with layers= instead")
     return out

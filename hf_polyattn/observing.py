@@ -189,6 +189,8 @@ def as_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:
         raise ValueError(f"{name} takes a list of batches: {name}=[batch]")
     if isinstance(batches, str):
         raise ValueError(f"{name} takes a list of batches, and {_TOKENISE}")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"{name} takes a list of batches of model inputs: {name}=[batch], got {batches!r}")
     batches = list(batches)
     for batch in batches:
         as_inputs(batch)

@@ -89,7 +89,7 @@ def patch_model(
     activation: str = "poly",
     degree: int | None = None,
     *,
-    config: PolyAttentionConfig | None = None,
+    config: PolyAttentionConfig | Mapping[str, Any] | None = None,
     calibrate: Iterable[Any] | None = None,
     fit: Fit = "gain",
     target: Target = "output_rms",
@@ -109,7 +109,8 @@ def patch_model(
             otherwise the same, unless fit="coefficients" cannot work in it.
         activation: "poly", "monomial" (the paper's s^p / sqrt n), "softmax", "relu", "sigmoid" or a registered name.
         degree: of the polynomial; default 3.
-        config: a whole PolyAttentionConfig instead of `activation`, `degree` and `options`.
+        config: a whole PolyAttentionConfig, or its dictionary such as other.config.polyattn, instead of `activation`,
+            `degree` and `options`.
         calibrate: batches (dictionaries of model inputs, or tensors of input ids) on which each head is measured and
             fitted to softmax. For pretrained weights; new ones train best without it.
         fit: of calibration. "coefficients": the polynomial of each head whose output is nearest to softmax's; "gain":
@@ -124,13 +125,18 @@ def patch_model(
     Returns:
         the same object, now an instance of a subclass of its class with a model_type of its own.
     Raises:
-        TypeError: for something that is not a Transformers model, and for an option that there is not.
+        TypeError: for something that is not a Transformers model, for an option that there is not, and for an
+            activation or a config that is none.
         ValueError: for an architecture that cannot be patched, a wrapped model, or options or batches that do not fit.
 
     Example:
         >>> model = patch_model(model, activation="poly", degree=3)
     """
     check_options(options, others=("config", "calibrate", "fit", "target", "budget"))
+    if isinstance(config, Mapping):
+        config = PolyAttentionConfig.from_dict(config)
+    elif config is not None and not isinstance(config, PolyAttentionConfig):
+        raise TypeError(f"config must be a PolyAttentionConfig or its dictionary, got {type(config).__name__}")
     batches = None if calibrate is None else as_batches(calibrate, "calibrate")
     if batches is not None and not batches:
         raise ValueError("calibrate= holds no batch: pass a list of a few batches, or leave it out")

@@ -326,6 +326,7 @@ def test_options_may_come_as_a_config():
     config = PolyAttentionConfig(degree=2, normalization="l1")
     model = patch_model(tiny("gpt2"), config=config)
     assert PolyAttentionConfig.from_dict(model.config.polyattn) == config
+    assert patch_model(tiny("gpt2"), config=model.config.polyattn).config.polyattn == model.config.polyattn
     for extra in ({"degree": 3}, {"activation": "relu"}, {"normalization": "l2"}):
         refuses("not both", tiny("gpt2"), config=config, **extra)
 

@@ -139,6 +139,14 @@ def test_wrapped_and_compiled_models_are_refused(tmp_path):
         ("heads names layers .0. that layers= leaves out", {"layers": [1], "heads": {0: [1]}}),
         ("unknown activation 'cubic'", {"activation": "cubic"}),
         ("degree must be an integer", {"degree": 0}),
+        ("coefficients must be one of .*got None", {"coefficients": None}),
+        ("coefficients must be numbers c_0", {"coefficients": ["a", 1]}),
+        ("init_coefficients must be numbers c_0.*got 'taylor'", {"init_coefficients": "taylor"}),
+        ("layers must be a list of integers .*got 0", {"layers": 0}),
+        (r"heads\[0\] must be a list of integers .*got 0", {"heads": {0: 0}}),
+        (r"heads must map layer indices .*got the layers \['all'\]", {"heads": {"all": [0]}}),
+        (r"calibrate takes a list of batches .*calibrate=\[batch\], got 3", {"calibrate": 3}),
+        ("unknown polyattn fields .'degre'", {"config": {"degre": 2}}),
         ("activation 'relu' has no degree", {"activation": "relu", "degree": 3}),
         ("activation 'softmax' has no degree", {"activation": "softmax", "degree": 2, "qk_norm": True}),
         ('"sum" needs weights of one sign', {"normalization": "sum"}),
@@ -152,6 +160,12 @@ def test_options_that_do_not_fit_are_refused(match, options):
     before = traces(model)
     refuses(match, model, **options)
     assert traces(model) == before
+
+
+def test_what_is_no_activation_or_no_config_is_refused_with_what_to_pass():
+    for activation in (3, None, ["poly"]):
+        refuses('activation must be a name such as "poly".* pass degree=3', tiny("gpt2"), activation, error=TypeError)
+    refuses("config must be a PolyAttentionConfig or its dictionary, got int", tiny("gpt2"), config=2, error=TypeError)
 
 
 def test_a_whole_config_without_a_degree_of_its_own_fits_any_activation():

@@ -56,6 +56,8 @@ def test_registered_activation_works_end_to_end(silu, tmp_path):
 def test_bad_defaults_fail_at_registration():
     with pytest.raises(ValueError, match="normalization"):
         hf_polyattn.register_activation("bad", lambda s, n: s, defaults={"normalization": "L1"})
+    with pytest.raises(TypeError, match=r"phi must be a function of \(scores, row lengths\).* got 3"):
+        hf_polyattn.register_activation("bad", 3)
     assert "bad" not in ACTIVATIONS
 
 
