@@ -160,8 +160,8 @@ def register_architecture(
     model_type: str,
     attention_classes: tuple[str, ...] | list[str],
     *,
-    num_heads: Callable[[nn.Module], int] | None = None,
-    initial_spread: Callable[[nn.Module], float] | None = None,
+    num_heads: Callable[[nn.Module], int] | int | None = None,
+    initial_spread: Callable[[nn.Module], float] | float | None = None,
     query_key: Callable[[nn.Module], tuple[list[torch.Tensor], list[torch.Tensor]]] | None = None,
     reads_packing: bool = False,
     output_projection: str | None = None,
@@ -170,10 +170,13 @@ def register_architecture(
     """Make `patch_model` and `from_pretrained` work for one more model_type of Transformers.
 
     The modelling code must fetch its attention through `ALL_ATTENTION_FUNCTIONS.get_interface`, and its attention
-    modules must carry `is_causal`. The optional arguments are the fields of `Architecture`.
+    modules must carry `is_causal`. The optional arguments are the fields of `Architecture`;
+    num_heads and initial_spread may be numbers, the same for all modules.
 
     Raises:
-        ValueError: when the model_type is unknown to Transformers or registered already.
+        TypeError: when num_heads or initial_spread is neither a function nor a number.
+        ValueError: for a number that is not positive, and when the model_type is unknown to Transformers or registered
+            already.
 
     Example:
         >>> entry = register_architecture("mistral", ["MistralAttention"], exist_ok=True)
@@ -185,8 +188,8 @@ def register_architecture(
     entry = Architecture(
         model_type,
         tuple(attention_classes),
-        num_heads or _heads_from_config,
-        initial_spread or _spread_at_initialization,
+        _heads_from_config if num_heads is None else _function("num_heads", num_heads, int),
+        _spread_at_initialization if initial_spread is None else _function("initial_spread", initial_spread, float),
         query_key,
         reads_packing,
         output_projection,
@@ -194,6 +197,17 @@ def register_architecture(
     register_config(model_type)
     _REGISTRY[model_type] = entry
     return entry
+
+
+def _function(name: str, value: Any, kind: type) -> Callable[[nn.Module], Any]:
+    """`value`, or a function that gives it for every module where it is a number."""
+    if callable(value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a function of the attention module, got {value!r}")
+    if not 0 < value < math.inf or kind(value) != value:
+        raise ValueError(f"{name} must be a positive {kind.__name__}, got {value!r}")
+    return lambda module: kind(value)
 
 
 def registered() -> list[str]:

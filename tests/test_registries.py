@@ -16,6 +16,7 @@ from models import (
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    OPTConfig,
 )
 
 import hf_polyattn
@@ -72,6 +73,25 @@ def test_registered_architecture_works_end_to_end(tmp_path):
         hf_polyattn.register_architecture("mistral", ["MistralAttention"])
     with pytest.raises(ValueError, match="has no architecture 'mistrall'"):
         hf_polyattn.register_architecture("mistrall", ["MistralAttention"])
+
+
+def test_numbers_stand_for_functions_of_the_module(own_registry):
+    config = OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, word_embed_proj_dim=32
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    hf_polyattn.register_architecture("opt", ["OPTAttention"])
+    with pytest.raises(ValueError, match="no field 'initializer_range'.* give register_architecture initial_spread="):
+        patch_model(model)
+    entry = hf_polyattn.register_architecture("opt", ["OPTAttention"], num_heads=4, initial_spread=0.25, exist_ok=True)
+    # the code beside the weights reads the configuration alone
+    assert not entry.is_plain
+    patch_model(model)
+    assert str(coverage(model)).startswith("poly: patched 1 of 1 attention modules (4 of 4 heads)")
+    assert states(model).popitem()[1].alpha[0].item() == pytest.approx(2)
+    for number, error in ((0, ValueError), ("0.3", TypeError), (True, TypeError), (float("nan"), ValueError)):
+        with pytest.raises(error, match="initial_spread must be"):
+            hf_polyattn.register_architecture("opt", ["OPTAttention"], initial_spread=number, exist_ok=True)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "relu", "sigmoid"])
