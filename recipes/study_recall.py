@@ -354,8 +354,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.checkpoint:
         out = out_of(args, "recall_checkpoints.csv")
         for checkpoint in args.checkpoint:
-            if (Path(checkpoint).resolve().name,) not in finished(out, "checkpoint"):
-                append(out, probe(checkpoint, args.text, args.lengths, args.samples))
+            done = finished(out, "checkpoint", "length")
+            lengths = [n for n in args.lengths if (Path(checkpoint).resolve().name, str(n)) not in done]
+            if lengths:
+                append(out, probe(checkpoint, args.text, lengths, args.samples))
         write_up(out, rows_of(out), probe_table)
         return
     out = out_of(args, "recall.csv")
