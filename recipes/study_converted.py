@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,14 @@ def own_settings(settings: str, others: Sequence[str]) -> str:
 def _pairs(settings: str) -> dict[tuple[str, str], str]:
     """(stage or "", name) -> value, of what `settings_of` made; a stage itself is there without a name."""
     found = {}
+    seen: Counter[str] = Counter()
     for kind, *words in (part.split() for part in settings.split("; ")):
         if kind not in STAGES:
             found["", kind] = " ".join(words)
             continue
+        # as the report labels the second of its kind
+        seen[kind] += 1
+        kind += f" #{seen[kind]}" if seen[kind] > 1 else ""
         found[kind, ""] = ""
         found |= {(kind, name): value for name, value in zip(words[::2], words[1::2], strict=True)}
     return found

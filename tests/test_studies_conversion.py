@@ -140,3 +140,13 @@ def test_sentences_are_those_of_the_data_at_hand(ablation, tmp_path, monkeypatch
         assert path.read_text().splitlines() == sentences
         found.append(path)
     assert found[0] == found[2] != found[1]
+
+
+def test_settings_that_tell_conversions_apart():
+    """Only those that differ, and a second stage of a kind is one of its own."""
+    study = recipe("study_converted")
+    short, long = (f"calibrate; distill steps {steps} warmup_steps 5; batch_size 2" for steps in (90, 180))
+    assert study.own_settings(long, [short]) == "distill steps 180"
+    twice = "calibrate; distill steps 90 warmup_steps 5; distill steps 90 warmup_steps 5; batch_size 2"
+    assert study.own_settings(twice, [short]) == "distill #2, distill #2 steps 90, distill #2 warmup_steps 5"
+    assert study.own_settings(short, []) == ""
